@@ -1,0 +1,45 @@
+"""Task 1, retrain: trains the conv weights that task 1 kept until they make up for those it lost.
+
+READS  Data/Session/original_desen_pretrain.csv, Data/Session/index.csv,
+       checkpoints/tp_t1.pt
+WRITES checkpoints/ret_t1.pt, checkpoints/results.csv
+NEXT   python conure_tp_t2.py
+"""
+
+from dataclasses import dataclass
+
+import data_loader
+import settings
+import training
+from pruning import Reading
+
+
+@dataclass
+class Hyperparameters:
+    data_path: str = "Data/Session/original_desen_pretrain.csv"  # one user a line: item,item,…
+    index_path: str = "Data/Session/index.csv"  # ids of the items; conure_tp_t1.py writes it
+    checkpoint_dir: str = "checkpoints"  # checkpoints and results.csv, read and written
+    seed: int = 10  # of initial values, shuffling and negatives
+    device: str = "auto"  # auto, cpu or cuda
+    batch_size: int = 32  # sequences a step
+    epochs: int = 10  # passes over the training part
+    learning_rate: float = 1e-3  # of Adam
+    beta1: float = 0.9  # of Adam
+    negative_fraction: float = 0.2  # share of the items sampled as negatives each step; 1: full softmax
+    padding_in_loss: bool = False  # also learn to predict padding, as the original does
+    test_fraction: float = 0.2  # share of the examples held out: half validation, half test; as in tp
+    eval_every: int = 0  # steps between evaluations on validation; 0: once an epoch
+    top_k: int = 5  # cut-off of MRR, HR and NDCG
+
+
+def main(hp: Hyperparameters) -> None:
+    items = data_loader.read_index(hp.index_path)
+    data = data_loader.load_sequences(hp.data_path, hp.test_fraction, items)
+    run = training.Run.continued(hp, Reading(1, "ret"), data)
+    negatives = data_loader.LogUniformSampler(len(data.items), hp.negative_fraction)
+    run.train(training.NextItemLoss(negatives, None if hp.padding_in_loss else data.padding_id))
+    run.save()
+
+
+if __name__ == "__main__":
+    settings.run(main, Hyperparameters, __doc__)

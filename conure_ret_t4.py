@@ -1,0 +1,44 @@
+"""Task 4, retrain: trains the conv weights that task 4 kept until they make up for those it lost.
+
+READS  Data/Session/original_desen_gender.csv, Data/Session/index.csv,
+       checkpoints/tp_t4.pt
+WRITES checkpoints/ret_t4.pt, checkpoints/results.csv
+NEXT   python evaluate.py
+"""
+
+from dataclasses import dataclass
+
+import data_loader
+import settings
+import training
+from pruning import Reading
+
+
+@dataclass
+class Hyperparameters:
+    data_path: str = "Data/Session/original_desen_gender.csv"  # one user a line: item,item,…,,class
+    index_path: str = "Data/Session/index.csv"  # ids of the items; conure_tp_t1.py writes it
+    checkpoint_dir: str = "checkpoints"  # checkpoints and results.csv, read and written
+    seed: int = 10  # of initial values, shuffling and negatives
+    device: str = "auto"  # auto, cpu or cuda
+    batch_size: int = 512  # examples a step
+    epochs: int = 50  # passes over the training part
+    learning_rate: float = 1e-4  # of Adam
+    beta1: float = 0.9  # of Adam
+    l2: float = 0.02  # weight decay of the task's head, as a loss term: l2 * sum(w^2) / 2
+    test_fraction: float = 0.2  # share of the examples held out: half validation, half test; as in tp
+    eval_every: int = 0  # steps between evaluations on validation; 0: once an epoch
+    top_k: int = 1  # a prediction is right if the class is among so many best; 1: accuracy as usual
+
+
+def main(hp: Hyperparameters) -> None:
+    items = data_loader.read_index(hp.index_path)
+    data = data_loader.load_examples(hp.data_path, hp.test_fraction, items)
+    run = training.Run.continued(hp, Reading(4, "ret"), data, metric="accuracy")
+    negatives = data_loader.TargetSampler(data_loader.uniform_probabilities(len(data.target_vocabulary)))
+    run.train(training.PairLoss(training.bce, negatives, hp.l2))
+    run.save()
+
+
+if __name__ == "__main__":
+    settings.run(main, Hyperparameters, __doc__)

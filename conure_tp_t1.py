@@ -1,0 +1,49 @@
+"""Task 1, train and prune: learns the next item at every position, then keeps the strongest 30 % of the conv weights.
+
+READS  Data/Session/original_desen_pretrain.csv
+WRITES checkpoints/tp_t1.pt, checkpoints/results.csv, Data/Session/index.csv
+NEXT   python conure_ret_t1.py
+"""
+
+from dataclasses import dataclass
+
+import data_loader
+import settings
+import training
+
+
+@dataclass
+class Hyperparameters:
+    data_path: str = "Data/Session/original_desen_pretrain.csv"  # one user a line: item,item,…
+    index_path: str = "Data/Session/index.csv"  # ids of the items; this script writes it
+    checkpoint_dir: str = "checkpoints"  # where checkpoints and results.csv are written
+    seed: int = 10  # of initial values, shuffling and negatives
+    device: str = "auto"  # auto, cpu or cuda
+    batch_size: int = 32  # sequences a step
+    epochs: int = 4  # passes over the training part
+    learning_rate: float = 1e-3  # of Adam
+    beta1: float = 0.9  # of Adam
+    channels: int = 256  # width of the embedding and of every layer
+    dilations: tuple[int, ...] = (1, 4, 1, 4, 1, 4, 1, 4)  # one residual block each
+    kernel_size: int = 3  # taps of every convolution
+    positional_embedding: bool = False  # add a learned vector for each position to the items
+    negative_fraction: float = 0.2  # share of the items sampled as negatives each step; 1: full softmax
+    padding_in_loss: bool = False  # also learn to predict padding, as the original does
+    prune_ratio: float = 0.7  # share of the free weights that stays free for later tasks
+    test_fraction: float = 0.2  # share of the examples held out: half validation, half test
+    eval_every: int = 0  # steps between evaluations on validation; 0: once an epoch
+    top_k: int = 5  # cut-off of MRR, HR and NDCG
+
+
+def main(hp: Hyperparameters) -> None:
+    data = data_loader.load_sequences(hp.data_path, hp.test_fraction)
+    run = training.Run.first(hp, data)
+    negatives = data_loader.LogUniformSampler(len(data.items), hp.negative_fraction)
+    run.train(training.NextItemLoss(negatives, None if hp.padding_in_loss else data.padding_id))
+    run.prune()
+    data.items.write(hp.index_path)
+    run.save()
+
+
+if __name__ == "__main__":
+    settings.run(main, Hyperparameters, __doc__)

@@ -1,0 +1,48 @@
+"""Task 2, train and prune: learns the items that a user clicks with the free weights, then keeps the strongest 30 % of them.
+
+READS  Data/Session/original_desen_finetune_click_nouserID.csv, Data/Session/index.csv,
+       checkpoints/ret_t1.pt
+WRITES checkpoints/tp_t2.pt, checkpoints/results.csv
+NEXT   python conure_ret_t2.py
+"""
+
+from dataclasses import dataclass
+
+import data_loader
+import settings
+import training
+from pruning import Reading
+
+
+@dataclass
+class Hyperparameters:
+    data_path: str = "Data/Session/original_desen_finetune_click_nouserID.csv"  # one user a line: item,item,…,,target,target
+    index_path: str = "Data/Session/index.csv"  # ids of the items; conure_tp_t1.py writes it
+    checkpoint_dir: str = "checkpoints"  # checkpoints and results.csv, read and written
+    seed: int = 10  # of initial values, shuffling and negatives
+    device: str = "auto"  # auto, cpu or cuda
+    batch_size: int = 512  # examples a step
+    epochs: int = 15  # passes over the training part
+    learning_rate: float = 1e-4  # of Adam
+    beta1: float = 0.9  # of Adam
+    rho: float = 0.3  # sharpness of the negative sampler: smaller draws popular targets more often
+    l2: float = 0.02  # weight decay of the task's head, as a loss term: l2 * sum(w^2) / 2
+    prune_ratio: float = 0.7  # share of the free weights that stays free for later tasks
+    test_fraction: float = 0.2  # share of the examples held out: half validation, half test
+    eval_every: int = 0  # steps between evaluations on validation; 0: once an epoch
+    top_k: int = 5  # cut-off of MRR, HR and NDCG
+
+
+def main(hp: Hyperparameters) -> None:
+    items = data_loader.read_index(hp.index_path)
+    data = data_loader.load_examples(hp.data_path, hp.test_fraction, items)
+    run = training.Run.continued(hp, Reading(2, "tp"), data)
+    probabilities = data_loader.static_probabilities(data.targets, len(data.target_vocabulary), hp.rho)
+    negatives = data_loader.TargetSampler(probabilities)
+    run.train(training.PairLoss(training.bpr, negatives, hp.l2))
+    run.prune()
+    run.save()
+
+
+if __name__ == "__main__":
+    settings.run(main, Hyperparameters, __doc__)

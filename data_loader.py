@@ -1,0 +1,277 @@
+"""Files → ids → examples, splits and negative samplers.
+
+Id 0 is `<UNK>`, which also separates a sequence from the place of its target; other ids count up in order of first
+appearance in the file, as in the original's data_loader files. Rows of unequal length are padded on the left with the
+token `0`.
+"""
+
+import ast
+import hashlib
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from settings import InputError
+from ttl_format import read_lines
+
+UNKNOWN = "<UNK>"  # id 0
+PADDING = "0"  # an ordinary token to the original: it has an id, an embedding and a row in the softmax
+SPLIT_SEED = 10  # the original's np.random.seed before it shuffles the rows
+
+
+class Vocabulary:
+    """Tokens and their ids, a bijection; id 0 is `<UNK>`."""
+
+    def __init__(self, tokens: list[str] | None = None):
+        self.tokens = tokens or [UNKNOWN]
+        self.ids = {token: id for id, token in enumerate(self.tokens)}
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def grow(self, tokens: list[str]) -> np.ndarray:
+        """Ids of the tokens; new ones get the next ids in order."""
+        for token in tokens:
+            if self.ids.setdefault(token, len(self.tokens)) == len(self.tokens):
+                self.tokens.append(token)
+        return self.look_up(tokens)
+
+    def look_up(self, tokens: list[str]) -> np.ndarray:
+        """Ids of the tokens, 0 for those that are not here."""
+        return np.array([self.ids.get(token, 0) for token in tokens], dtype=np.int32)
+
+    def to_tensor(self) -> Tensor:
+        """The tokens as one uint8 tensor, which a checkpoint keeps without pickling a list of strings."""
+        return torch.frombuffer(bytearray("\n".join(self.tokens).encode()), dtype=torch.uint8)
+
+    @classmethod
+    def from_tensor(cls, tensor: Tensor) -> "Vocabulary":
+        return cls(tensor.numpy().tobytes().decode().split("\n"))
+
+    def write(self, path: str) -> None:
+        """Writes index.csv: a header `token,id`, then a line a token."""
+        temporary = f"{path}.tmp"
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        pd.DataFrame({"token": self.tokens, "id": range(len(self))}).to_csv(temporary, index=False)
+        os.replace(temporary, path)
+
+
+def read_index(path: str) -> Vocabulary:
+    """The vocabulary in index.csv: ours, or the original's Python dict literal. InputError if it is neither."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            is_literal = file.read(1) == "{"
+            if is_literal:
+                pairs = ast.literal_eval("{" + file.read())
+                index = pd.DataFrame({"token": list(pairs), "id": list(pairs.values())})
+        if not is_literal:
+            index = pd.read_csv(path, dtype={"token": str, "id": np.int64}, keep_default_na=False)
+        index = index.sort_values("id")
+        tokens = index["token"].tolist()
+        if not np.array_equal(index["id"], np.arange(len(tokens))) or tokens[:1] != [UNKNOWN]:
+            raise ValueError(f"its ids must be 0, 1, 2, … and 0 be {UNKNOWN}")
+        if len(set(tokens)) < len(tokens) or not all(isinstance(token, str) for token in tokens):
+            raise ValueError("its tokens must be text, each of them once")
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: run `python conure_tp_t1.py` first, which writes it") from None
+    except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else "it cannot be read"
+        raise InputError(f"{path} is no item index ({reason}): run `python conure_tp_t1.py` to write it again") from None
+    return Vocabulary(tokens)
+
+
+@dataclass
+class TaskData:
+    """All examples of one task. Example i is `rows[users[i]]` with `targets[i]`.
+
+    Task 1: rows (N, L-1) are the sequences without their last item, which is the target; one example a row.
+    Later tasks: rows (U, L+1) are the sequences and the separator 0; one example for each target in a line.
+    """
+
+    path: str
+    digest: str  # SHA-256 of the file
+    rows: np.ndarray  # (U, T) int32, padded on the left
+    users: np.ndarray  # (N,) int32
+    targets: np.ndarray  # (N,) int32
+    items: Vocabulary
+    target_vocabulary: Vocabulary  # of the targets; `items` itself for task 1
+    padding_id: int
+    unknown_items: int  # item tokens of the file that are not in `items`
+    unknown_targets: int
+    splits: dict[str, np.ndarray]  # of example numbers: train, validation, test, and heldout = the last two
+
+    def batch(self, examples: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Inputs (B, T) and targets (B,), int64, of these examples."""
+        inputs = torch.from_numpy(self.rows[self.users[examples]]).long()
+        targets = torch.from_numpy(self.targets[examples]).long()
+        return inputs.to(device), targets.to(device)
+
+    def describe(self) -> str:
+        sizes = ", ".join(f"{len(self.splits[name]):,} {name}" for name in ("train", "validation", "test"))
+        unknown = ""
+        if self.unknown_items or self.unknown_targets:
+            unknown = f"; unknown, read as {UNKNOWN}: {self.unknown_items:,} items, {self.unknown_targets:,} targets"
+        return (
+            f"{self.path}: {len(self.rows):,} rows of {self.rows.shape[1]}, {len(self.targets):,} examples ({sizes}), "
+            f"{len(self.items):,} items, {len(self.target_vocabulary):,} targets{unknown}"
+        )
+
+
+def load_sequences(path: str, test_fraction: float, items: Vocabulary | None = None) -> TaskData:
+    """Task 1's data. Without `items` the vocabulary is made of the file's own tokens, held-out rows included."""
+    items, fixed = items or Vocabulary(), items is not None
+    digest = hashlib.sha256()
+    parts, unknown = [], 0
+    for lines in read_lines(path, False, digest):
+        ids = lines.encode(lines.is_source, items.look_up if fixed else items.grow)
+        unknown += int((ids == 0).sum()) if fixed else 0
+        parts.append(lines.pad(ids))
+    rows = _join(parts, items, fixed)
+    if rows.shape[1] < 2:
+        raise InputError(f"{path}: every sequence has one item only; task 1 needs a next item to predict")
+    return TaskData(
+        path=os.path.abspath(path),
+        digest=digest.hexdigest(),
+        rows=rows[:, :-1],
+        users=np.arange(len(rows), dtype=np.int32),
+        targets=rows[:, -1],
+        items=items,
+        target_vocabulary=items,
+        padding_id=items.ids.get(PADDING, -1),
+        unknown_items=unknown,
+        unknown_targets=0,
+        splits=_split(len(rows), test_fraction, path),
+    )
+
+
+def load_examples(
+    path: str, test_fraction: float, items: Vocabulary, target_vocabulary: Vocabulary | None = None
+) -> TaskData:
+    """The data of a later task. Without `target_vocabulary` it is made of the file's targets, held-out ones included."""
+    target_vocabulary, fixed = target_vocabulary or Vocabulary(), target_vocabulary is not None
+    digest = hashlib.sha256()
+    parts, targets, users, row_count, unknown_items, unknown_targets = [], [], [], 0, 0, 0
+    for lines in read_lines(path, True, digest):
+        ids = lines.encode(lines.is_source, items.look_up)
+        unknown_items += int((ids == 0).sum())
+        parts.append(lines.pad(ids))
+        targets.append(lines.encode(~lines.is_source, target_vocabulary.look_up if fixed else target_vocabulary.grow))
+        unknown_targets += int((targets[-1] == 0).sum())
+        users.append((row_count + lines.rows[~lines.is_source]).astype(np.int32))
+        row_count += len(parts[-1])
+    rows = _join(parts, items, fixed=True)
+    targets = np.concatenate(targets)
+    if len(target_vocabulary) < 3:
+        raise InputError(f"{path}: every target is the same; a task needs at least two to tell apart")
+    return TaskData(
+        path=os.path.abspath(path),
+        digest=digest.hexdigest(),
+        rows=np.pad(rows, ((0, 0), (0, 1))),  # the separator
+        users=np.concatenate(users),
+        targets=targets,
+        items=items,
+        target_vocabulary=target_vocabulary,
+        padding_id=items.ids.get(PADDING, -1),
+        unknown_items=unknown_items,
+        unknown_targets=unknown_targets,
+        splits=_split(len(targets), test_fraction, path),
+    )
+
+
+def _split(count: int, test_fraction: float, path: str) -> dict[str, np.ndarray]:
+    """The original's split, its held-out part halved: example numbers of train, validation, test, and heldout."""
+    shuffled = np.random.RandomState(SPLIT_SEED).permutation(count)
+    held_out = int(test_fraction * count)
+    if held_out < 2 or held_out == count:
+        raise InputError(
+            f"{path}: {count} examples are too few to hold out {test_fraction:g} of them for validation and test"
+        )
+    train, heldout = np.split(shuffled, [count - held_out])
+    validation, test = np.split(heldout, [held_out // 2])
+    return {"train": train, "validation": validation, "test": test, "heldout": heldout}
+
+
+def _join(parts: list[np.ndarray], items: Vocabulary, fixed: bool) -> np.ndarray:
+    """The chunks' rows as one (N, L) array, shorter ones padded on the left with the id of `0`.
+
+    If `0` stands nowhere in the file but is needed for padding, it becomes the last item.
+    """
+    width = max(part.shape[1] for part in parts)
+    ragged = any(part.shape[1] < width or (part < 0).any() for part in parts)
+    padding_id = (items.look_up if fixed or not ragged else items.grow)([PADDING])[0]
+    rows = np.full((sum(map(len, parts)), width), padding_id, dtype=np.int32)
+    filled = 0
+    for part in parts:
+        place = rows[filled : filled + len(part), width - part.shape[1] :]
+        np.copyto(place, part, where=part >= 0)
+        filled += len(part)
+    return rows
+
+
+class LogUniformSampler:
+    """Negatives for the sampled softmax: distinct ids, id i drawn with probability ~ log((i + 2) / (i + 1)).
+
+    TensorFlow's default candidate sampler, which takes small ids for frequent items.
+    """
+
+    def __init__(self, items: int, negative_fraction: float):
+        self.items = items
+        self.count = max(1, int(items * negative_fraction))
+        ids = torch.arange(items, dtype=torch.float64)
+        self.log_miss = torch.log1p(-torch.log1p(1 / (ids + 1)) / np.log(items + 1))  # log(1 - p)
+
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, int]:
+        """`count` distinct ids (S,), in order of drawing, and the number of draws that it took to find them."""
+        drawn = torch.empty(0, dtype=torch.int64)
+        while True:
+            uniform = torch.rand(2 * self.count, generator=generator, dtype=torch.float64)
+            more = (torch.exp(uniform * np.log(self.items + 1)) - 1).long().clamp(max=self.items - 1)
+            drawn = torch.cat([drawn, more])
+            found = torch.from_numpy(np.flatnonzero(~pd.Series(drawn.numpy()).duplicated()))
+            if len(found) >= self.count:
+                found = found[: self.count]
+                return drawn[found], int(found[-1]) + 1
+
+    def expected_count(self, ids: Tensor, draws: int) -> Tensor:
+        """The probability that an id is among the distinct ids of so many draws, float32, of the shape of `ids`."""
+        return -torch.expm1(draws * self.log_miss.to(ids.device)[ids]).float()
+
+
+class TargetSampler:
+    """One negative for each positive target, drawn from fixed probabilities and never the positive itself."""
+
+    def __init__(self, probabilities: np.ndarray):
+        """`probabilities` (targets - 1,): entry i belongs to target id i + 1; `<UNK>` is never drawn."""
+        self.cumulative = torch.from_numpy(np.cumsum(probabilities) / np.sum(probabilities))
+
+    def draw(self, targets: Tensor, generator: torch.Generator) -> Tensor:
+        """Ids (B,), on the device of `targets`."""
+        positive = targets.cpu() - 1
+        after = self.cumulative[positive]
+        before = torch.where(positive > 0, self.cumulative[positive - 1], 0.0)
+        point = torch.rand(len(targets), generator=generator, dtype=torch.float64) * (1 - (after - before))
+        point = torch.where(point < before, point, point + (after - before))  # jumps over the positive's own interval
+        ids = torch.searchsorted(self.cumulative, point, right=True).clamp(max=len(self.cumulative) - 1) + 1
+        return ids.to(targets.device)
+
+
+def static_probabilities(targets: np.ndarray, size: int, rho: float) -> np.ndarray:
+    """LambdaFM's static sampler: p ~ exp(-(rank + 1) / (size * rho)), rank by falling frequency from 0.
+
+    `targets` are all examples' target ids, held-out ones included as in the original; `size` counts `<UNK>`. Returns
+    (size - 1,), entry i for id i + 1; of equally frequent targets the smaller id ranks first.
+    """
+    frequency = np.bincount(targets, minlength=size)[1:]
+    rank = np.empty(size - 1)
+    rank[np.argsort(-frequency, kind="stable")] = np.arange(size - 1)
+    weight = np.exp(-(rank + 1) / (size * rho))
+    return weight / weight.sum()
+
+
+def uniform_probabilities(size: int) -> np.ndarray:
+    """Equal probabilities for target ids 1..size - 1."""
+    return np.full(size - 1, 1 / (size - 1))

@@ -1,0 +1,66 @@
+"""Exact ranks among all items or classes, and the metrics counted from them."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_loader import TaskData
+from nextitnet import NextItNet
+from pruning import Reading
+
+EVALUATION_BATCH = 256  # one size for all, because a matrix product's last bits may depend on the shape
+
+
+def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
+    """Ranks (B,), from 1, of `targets` (B,) by `scores` (B, n): every other score that is not lower ranks before it.
+
+    So ties and NaN count against the model.
+    """
+    own = scores.gather(1, targets[:, None])
+    return (~(scores < own)).sum(dim=1)
+
+
+@torch.no_grad()
+def rank_examples(
+    model: NextItNet, data: TaskData, examples: np.ndarray, reading: Reading, device: torch.device
+) -> np.ndarray:
+    """The rank of each example's target among all, in the order of `examples`."""
+    ranks = []
+    for start in range(0, len(examples), EVALUATION_BATCH):
+        inputs, targets = data.batch(examples[start : start + EVALUATION_BATCH], device)
+        ranks.append(target_ranks(model.scores(inputs, reading), targets).cpu().numpy())
+    return np.concatenate(ranks)
+
+
+def mean_reciprocal_rank(ranks: np.ndarray, k: int) -> float:
+    return float(np.where(ranks <= k, 1 / ranks, 0.0).mean())
+
+
+def hit_rate(ranks: np.ndarray, k: int) -> float:
+    return float((ranks <= k).mean())
+
+
+def ndcg(ranks: np.ndarray, k: int) -> float:
+    """One relevant item per row, so the ideal gain is 1."""
+    return float(np.where(ranks <= k, 1 / np.log2(ranks + 1), 0.0).mean())
+
+
+def ranking_scores(ranks: np.ndarray, k: int) -> dict[str, float]:
+    return {f"mrr@{k}": mean_reciprocal_rank(ranks, k), f"hr@{k}": hit_rate(ranks, k), f"ndcg@{k}": ndcg(ranks, k)}
+
+
+def accuracy_scores(ranks: np.ndarray, k: int) -> dict[str, float]:
+    """The share of rows whose class is among the k best; k = 1 is accuracy as usual."""
+    return {"accuracy" if k == 1 else f"accuracy@{k}": hit_rate(ranks, k)}
+
+
+# What a task reports; the first score of each selects the best state on validation.
+METRICS = {"ranking": ranking_scores, "accuracy": accuracy_scores}
+
+
+def evaluate(
+    model: NextItNet, data: TaskData, split: str, reading: Reading, metric: str, k: int, device: torch.device
+) -> dict[str, float]:
+    """The scores of `METRICS[metric]` over every example of a split, and their number `n`."""
+    ranks = rank_examples(model, data, data.splits[split], reading, device)
+    return {**METRICS[metric](ranks, k), "n": len(ranks)}

@@ -1,0 +1,92 @@
+"""Who owns which weight: the owner map, pruning, and what a task may read and train.
+
+Every conv layer carries a uint8 map of the weight's own shape: 0 = free, k = owned by task k. Free weights keep their
+values, so the next task starts from them. Paper: section 3.3 (pruning), 3.4 (retraining), figure 2.
+"""
+
+from typing import Iterator, NamedTuple, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+FREE = 0
+MAX_TASKS = 255  # what a uint8 owner can tell apart
+
+
+class Reading(NamedTuple):
+    """For which task, and for which purpose, the weights are read."""
+
+    task: int  # from 1
+    stage: str  # "tp", "ret" or "inference"
+
+
+def used_and_trained(owner: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
+    """The two boolean masks of `owner`'s shape: weights in the forward pass, and weights that get a gradient.
+
+    tp uses everything and trains what is free; ret uses the weights of tasks 1..k and trains those of task k;
+    inference uses the weights of tasks 1..k and trains none, so that no later task can reach it.
+    """
+    if reading.stage == "tp":
+        return torch.ones_like(owner, dtype=torch.bool), owner == FREE
+    used = (owner != FREE) & (owner <= reading.task)
+    if reading.stage == "ret":
+        return used, owner == reading.task
+    return used, torch.zeros_like(used)
+
+
+class OwnedWeight(nn.Module):
+    """A weight whose every element is free or owned by one task."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.register_buffer("owner", torch.zeros(shape, dtype=torch.uint8))
+
+    def read(self, reading: Reading) -> Tensor:
+        """The weight as `reading` may see it: zero where it may not look, detached where it may not train."""
+        used, trained = used_and_trained(self.owner, reading)
+        # `where`, not a product: a product with 0 keeps the sign of the hidden weight, and so its trace in the bits.
+        weight = torch.where(used, self.weight, 0.0)
+        return torch.where(trained, weight, weight.detach())
+
+
+def owned_weights(model: nn.Module) -> Iterator[OwnedWeight]:
+    return (module for module in model.modules() if isinstance(module, OwnedWeight))
+
+
+def keep_count(size: int, earlier_ratios: Sequence[float], ratio: float) -> int:
+    """How many of a layer's `size` weights a task takes, when the tasks before it pruned by `earlier_ratios`.
+
+    floor(size * prune_1 * ... * prune_{k-1} * (1 - prune_k)) + 1, in float32 as the original computes it, where the
+    product may fall on the other side of a whole number than in float64.
+    """
+    kept = np.float32(size)
+    for earlier in earlier_ratios:
+        kept *= np.float32(earlier)
+    return int(np.floor(kept * np.float32(1 - ratio))) + 1
+
+
+@torch.no_grad()
+def prune(model: nn.Module, task: int, ratios: Sequence[float]) -> None:
+    """Gives `task` the free weights of largest magnitude in each layer; `ratios` are those of tasks 1..task.
+
+    Raises ValueError if the task owns weights already, or if nothing is free.
+    """
+    if len(ratios) != task:
+        raise ValueError(f"pruning task {task} takes {task} prune ratios, one for each task so far; got {len(ratios)}")
+    for layer in owned_weights(model):
+        if (layer.owner == task).any():
+            raise ValueError(f"task {task} owns weights already: it has been pruned before")
+        free = layer.owner == FREE
+        count = min(keep_count(layer.owner.numel(), ratios[:-1], ratios[-1]), int(free.sum()))
+        if count == 0:
+            raise ValueError(f"no free weights are left for task {task}")
+        magnitude = torch.where(free, layer.weight.abs(), -1.0)
+        layer.owner.view(-1)[magnitude.flatten().topk(count).indices] = task
+
+
+def shares(model: nn.Module) -> dict[int, float]:
+    """The fraction of all owned-layer weights that each owner has, free ones (0) included."""
+    counts = sum(layer.owner.flatten().bincount(minlength=MAX_TASKS + 1) for layer in owned_weights(model))
+    return {owner: count / int(counts.sum()) for owner, count in enumerate(counts.tolist()) if count}

@@ -1,0 +1,109 @@
+"""Hyperparameter blocks on the command line, and how a script ends when its input is bad.
+
+A block is a dataclass at the top of a script, one field a line with a comment behind it. Every field is also a flag of
+the same name, and its comment is the flag's help.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import re
+import signal
+import sys
+from typing import Any, Callable, NoReturn, get_type_hints
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used; the message says what, where and what to do, in one line."""
+
+
+# What a value must satisfy, by field name, and how to say so.
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "device": (lambda v: v in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
+    "seed": (lambda v: 0 <= v < 2**63, "a whole number from 0"),
+    "batch_size": (lambda v: v >= 1, "at least 1"),
+    "epochs": (lambda v: v >= 1, "at least 1"),
+    "eval_every": (lambda v: v >= 0, "0 (once an epoch) or a number of steps"),
+    "top_k": (lambda v: v >= 1, "at least 1"),
+    "learning_rate": (lambda v: 0 < v < float("inf"), "above 0"),
+    "beta1": (lambda v: 0 <= v < 1, "from 0 to below 1"),
+    "test_fraction": (lambda v: 0 < v < 1, "between 0 and 1"),
+    "prune_ratio": (lambda v: 0 < v < 1, "between 0 and 1: the share of the free weights that stays free"),
+    "channels": (lambda v: v >= 1, "at least 1"),
+    "dilations": (lambda v: len(v) >= 1 and min(v) >= 1, "whole numbers from 1 with commas between, such as 1,4,1,4"),
+    "kernel_size": (lambda v: v >= 1, "at least 1"),
+    "negative_fraction": (lambda v: 0 < v <= 1, "above 0 and at most 1: a share of all items"),
+    "split": (lambda v: v in ("test", "validation", "heldout"), "test, validation or heldout"),
+    "rho": (lambda v: 0 < v < float("inf"), "above 0"),
+    "l2": (lambda v: 0 <= v < float("inf"), "0 or more"),
+}
+
+
+def parse(text: str, kind: type) -> Any:
+    """`text` as a value of the field type `kind`: str, int, float, bool or tuple[int, ...]; ValueError if it is none."""
+    if kind is bool:
+        return {"true": True, "false": False}[text.lower()]
+    if kind == tuple[int, ...]:
+        return tuple(int(part) for part in text.split(","))
+    return kind(text)
+
+
+def comments(block: type) -> dict[str, str]:
+    """The comment behind each field of a hyperparameter block."""
+    return dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(block), re.MULTILINE))
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (--help lists the flags)")
+
+
+def from_command_line(block: type, about: str, arguments: list[str] | None = None) -> Any:
+    """The block's values with those given on the command line in their place; InputError if one makes no sense."""
+    parser = OneLineParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    kinds, help_texts = get_type_hints(block), comments(block)
+    for field in dataclasses.fields(block):
+        shown = printable(field.default) or "''"
+        text = f"{help_texts[field.name]} [{shown}]".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", metavar="", help=text)
+    values = {}
+    for name, text in vars(parser.parse_args(arguments)).items():
+        if text is not None:
+            try:
+                values[name] = parse(text, kinds[name])
+            except (ValueError, KeyError):
+                wanted = getattr(kinds[name], "__name__", str(kinds[name])).replace("tuple", "list of int")
+                raise InputError(f"--{name} {text!r} is not of type {wanted}") from None
+    hyperparameters = block(**values)
+    for field in dataclasses.fields(hyperparameters):
+        value = getattr(hyperparameters, field.name)
+        allowed, wanted = RULES.get(field.name, (lambda v: True, ""))
+        if not allowed(value):
+            raise InputError(f"--{field.name} {printable(value)} makes no sense: it must be {wanted}")
+    return hyperparameters
+
+
+def printable(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+
+def run(main: Callable[[Any], int | None], block: type, about: str) -> NoReturn:
+    """Runs a script's `main` with its hyperparameters and ends the process: 0, 2 for bad input, 130 for Ctrl-C.
+
+    Ctrl-C during training does not come here: training takes it as the end of training.
+    """
+    try:
+        sys.exit(main(from_command_line(block, about)) or 0)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print("\ninterrupted: nothing was written by this run", file=sys.stderr)
+        sys.exit(130)
