@@ -67,7 +67,8 @@ def from_command_line(block: type, about: str, arguments: list[str] | None = Non
     for field in dataclasses.fields(block):
         shown = printable(field.default) or "''"
         text = f"{help_texts[field.name]} [{shown}]".replace("%", "%%")
-        parser.add_argument(f"--{field.name}", metavar="", help=text)
+        bare = dict(nargs="?", const="true") if kinds[field.name] is bool else {}  # `--overwrite` means true
+        parser.add_argument(f"--{field.name}", metavar="", help=text, **bare)
     values = {}
     for name, text in vars(parser.parse_args(arguments)).items():
         if text is not None:
@@ -95,6 +96,7 @@ def run(main: Callable[[Any], int | None], block: type, about: str) -> NoReturn:
 
     Ctrl-C during training does not come here: training takes it as the end of training.
     """
+    sys.stdout.reconfigure(line_buffering=True)  # so that a log file or a pipe gets each line when it is printed
     try:
         sys.exit(main(from_command_line(block, about)) or 0)
     except InputError as error:
@@ -105,5 +107,5 @@ def run(main: Callable[[Any], int | None], block: type, about: str) -> NoReturn:
         sys.exit(2)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        print("\ninterrupted: nothing was written by this run", file=sys.stderr)
+        print("\ninterrupted: this run has written no checkpoint", file=sys.stderr)
         sys.exit(130)

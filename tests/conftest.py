@@ -1,7 +1,73 @@
-"""Tests run from the project's root, where the modules stand."""
+"""Tests import the modules from the project's root, and run the scripts there as a user does."""
 
+import runpy
+import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+FILES = {
+    1: "original_desen_pretrain.csv",
+    2: "original_desen_finetune_click_nouserID.csv",
+    3: "original_desen_finetune_like_nouserID.csv",
+    4: "original_desen_gender.csv",
+}
+STAGES = [(task, stage) for task in FILES for stage in ("tp", "ret")]
+
+
+def flags(folder: Path, task: int) -> list[str]:
+    """Where `folder` has the data (folder/Data) and the checkpoints (folder/checkpoints) of a test's chain."""
+    data = folder / "Data"
+    return [
+        "--data_path", str(data / FILES[task]),
+        "--index_path", str(data / "index.csv"),
+        "--checkpoint_dir", str(folder / "checkpoints"),
+    ]  # fmt: skip
+
+
+def run_script(name: str, *arguments: str) -> str:
+    """Runs a script in a process of its own and returns what it printed; it must succeed."""
+    done = subprocess.run([sys.executable, str(ROOT / name), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """Runs a script in this process, as `python name …` would: returns exit code, what it printed, and its errors."""
+
+    def run(name: str, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        return (end.value.code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory) -> Path:
+    """A folder with a small demo data set in Data/."""
+    folder = tmp_path_factory.mktemp("demo")
+    run_script("Data/make_demo.py", "--output_dir", str(folder / "Data"), "--users", "1500", "--length", "20")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chain(demo) -> tuple[Path, dict[tuple[int, str], str]]:
+    """The demo's folder after all eight scripts, and what each of them printed."""
+    settings = {
+        (1, "tp"): ["--channels", "32", "--dilations", "1,4", "--epochs", "10", "--learning_rate", "3e-3"],
+        (1, "ret"): ["--epochs", "5", "--learning_rate", "3e-3"],
+    }
+    printed = {}
+    for task, stage in STAGES:
+        later = ["--epochs", "6", "--batch_size", "128", "--learning_rate", "1e-3"] + (["--rho", "1"] if task < 4 else [])
+        arguments = settings.get((task, stage), later)
+        printed[task, stage] = run_script(f"conure_{stage}_t{task}.py", *flags(demo, task), *arguments)
+    return demo, printed

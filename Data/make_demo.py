@@ -1,0 +1,94 @@
+"""Makes a small data set with hidden tastes, in the format and under the file names of the real one.
+
+Every item belongs to a taste, every user has a favourite and a second one. A sequence follows the series that the
+items of a taste form, or jumps to a popular item of one of the two tastes; clicks and likes are other things of the same
+tastes; gender goes with the favourite taste nine times out of ten. So the sequence tells more than popularity does,
+and what task 1 learns about it helps the tasks after it.
+
+WRITES original_desen_pretrain.csv, original_desen_finetune_click_nouserID.csv,
+       original_desen_finetune_like_nouserID.csv, original_desen_gender.csv
+NEXT   python conure_tp_t1.py
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import settings
+
+
+@dataclass
+class Hyperparameters:
+    output_dir: str = "Data/Session"  # where the task files go
+    seed: int = 10  # of everything that is drawn
+    users: int = 2500  # lines of the first file
+    length: int = 30  # items in a sequence; shorter histories are padded on the left with 0
+    overwrite: bool = False  # replace task files that are there already
+
+
+TASTES = 8
+ITEMS_PER_TASTE = {"items": 50, "clicks": 25, "likes": 12}
+FAVOURITE = 0.8  # probability that an item is of the favourite taste and not of the second
+SERIES = 0.6  # probability that the next item continues the series of the last
+FAITHFUL = 0.9  # probability that gender goes with the favourite taste
+
+
+def popular(random: np.random.Generator, count: int) -> int:
+    """A place from 0 to count - 1, place i drawn with probability ~ 1 / (i + 1)."""
+    weight = 1 / np.arange(1, count + 1)
+    return int(random.choice(count, p=weight / weight.sum()))
+
+
+def sequence(random: np.random.Generator, tastes: np.ndarray, length: int) -> list[int]:
+    """Item numbers from 1; item i belongs to taste (i - 1) // ITEMS_PER_TASTE["items"]."""
+    count, items = ITEMS_PER_TASTE["items"], []
+    for _ in range(length):
+        if items and random.random() < SERIES:
+            taste, place = divmod(items[-1] - 1, count)
+            place = (place + 1) % count
+        else:
+            taste, place = tastes[int(random.random() > FAVOURITE)], popular(random, count)
+        items.append(int(taste) * count + place + 1)
+    return items
+
+
+def targets(random: np.random.Generator, tastes: np.ndarray, kind: str, most: int) -> list[str]:
+    """One to `most` different targets of the user's tastes, as tokens such as clicks3_17."""
+    count = ITEMS_PER_TASTE[kind]
+    drawn = [
+        f"{kind}{tastes[int(random.random() > FAVOURITE)]}_{popular(random, count)}"
+        for _ in range(random.integers(1, most + 1))
+    ]
+    return list(dict.fromkeys(drawn))
+
+
+def main(hp: Hyperparameters) -> None:
+    folder = Path(hp.output_dir)
+    files = {"pretrain": [], "finetune_click_nouserID": [], "finetune_like_nouserID": [], "gender": []}
+    paths = {kind: folder / f"original_desen_{kind}.csv" for kind in files}
+    there = [str(path) for path in paths.values() if path.exists()]
+    if there and not hp.overwrite:
+        raise settings.InputError(f"{there[0]} is there already: give --overwrite to replace it, or another --output_dir")
+    random = np.random.default_rng(hp.seed)
+    for _ in range(hp.users):
+        tastes = random.permutation(TASTES)[:2]
+        items = sequence(random, tastes, int(random.integers(hp.length // 3, hp.length + 1)))
+        line = ",".join(["0"] * (hp.length - len(items)) + [str(item) for item in items])
+        files["pretrain"].append(line)
+        files["finetune_click_nouserID"].append(f"{line},,{','.join(targets(random, tastes, 'clicks', 4))}")
+        if random.random() < 0.5:
+            files["finetune_like_nouserID"].append(f"{line},,{','.join(targets(random, tastes, 'likes', 3))}")
+        faithful = random.random() < FAITHFUL
+        files["gender"].append(f"{line},,{1 if (tastes[0] < TASTES // 2) == faithful else 2}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, lines in files.items():
+        paths[kind].write_text("".join(f"{line}\n" for line in lines))
+        print(f"wrote {paths[kind]}: {len(lines):,} lines")
+    print("next: python conure_tp_t1.py")
+
+
+if __name__ == "__main__":
+    settings.run(main, Hyperparameters, __doc__)

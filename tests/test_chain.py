@@ -1,0 +1,207 @@
+"""The promises of the whole chain, on eight scripts really run one after another."""
+
+import re
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import FILES, STAGES, flags, run_script
+
+import checkpoint
+import data_loader
+import pruning
+from pruning import Reading
+
+
+def load(folder, task, stage):
+    return torch.load(folder / "checkpoints" / f"{stage}_t{task}.pt", weights_only=True)
+
+
+def results_of(printed: str) -> list[dict[str, str]]:
+    lines = [line.split()[1:] for line in printed.splitlines() if line.startswith("RESULT ")]
+    return [dict(field.split("=") for field in line) for line in lines]
+
+
+def test_owned_weights_never_change_and_owners_are_disjoint(chain):
+    folder, _ = chain
+    owned = {}  # (layer, task) → positions and values when the task was learned
+    for task, stage in STAGES:
+        state = load(folder, task, stage)["model"]
+        layers = [name.removesuffix(".owner") for name in state if name.endswith(".owner")]
+        assert len(layers) == 4
+        for layer in layers:
+            owner, weight = state[f"{layer}.owner"], state[f"{layer}.weight"]
+            for earlier in range(1, task):
+                mask, values = owned[layer, earlier]
+                assert torch.equal(owner == earlier, mask)
+                assert torch.equal(weight[mask], values)
+            size, ratios = owner.numel(), [0.7] * (task - 1)
+            assert (owner == task).sum() == pruning.keep_count(size, ratios, 0.7)
+            owned[layer, task] = owner == task, weight[owner == task]
+
+
+def test_what_is_not_trained_stays(chain):
+    """Free weights keep their values through ret; embedding and layer norms are those of tp of task 1 for ever."""
+    folder, _ = chain
+    first = load(folder, 1, "tp")["model"]
+    for task, stage in STAGES:
+        content = load(folder, task, stage)
+        state = content["model"]
+        for name, value in state.items():
+            if "embedding" in name or ".ln" in name:
+                assert torch.equal(value, first[name]), name
+        if stage == "ret":
+            before = load(folder, task, "tp")["model"]
+            for name in (name.removesuffix(".owner") for name in state if name.endswith(".owner")):
+                free = state[f"{name}.owner"] == pruning.FREE
+                assert torch.equal(state[f"{name}.weight"][free], before[f"{name}.weight"][free])
+                same = torch.equal(state[f"{name}.weight"][~free], before[f"{name}.weight"][~free])
+                assert same == (content["tasks"][task]["epoch"] == 0)
+
+
+def test_outputs_of_learned_tasks_keep_their_bits(chain):
+    folder, _ = chain
+    items = data_loader.read_index(str(folder / "Data" / "index.csv"))
+    data = data_loader.load_examples(str(folder / "Data" / FILES[2]), 0.2, items)
+    inputs, _ = data.batch(data.splits["heldout"][:200], torch.device("cpu"))
+    learned = {}
+    for task, stage in STAGES:
+        model = checkpoint.build_model(load(folder, task, stage))
+        with torch.no_grad():
+            for earlier in range(1, task):
+                assert torch.equal(model.scores(inputs, Reading(earlier, "inference")), learned[earlier])
+            learned[task] = model.scores(inputs, Reading(task, "inference"))
+
+
+def test_evaluate_finds_nothing_forgotten(chain):
+    folder, printed = chain
+    output = run_script("evaluate.py", "--checkpoint_dir", str(folder / "checkpoints"))
+    assert "nothing forgotten" in output
+    again = results_of(output.replace(" recorded ", "\nrecorded "))
+    assert [row["task"] for row in again] == ["1", "2", "3", "4"]
+    for row in again:
+        learned = results_of(printed[int(row["task"]), "ret"])[-1]
+        assert {**row, "seconds": ""} == {**learned, "seconds": ""}
+
+
+def test_evaluate_on_other_splits_checkpoints_and_folders(chain, tmp_path, run_here):
+    folder, printed = chain
+    file = str(folder / "checkpoints" / "tp_t2.pt")
+    code, output, _ = run_here("evaluate.py", "--checkpoint", file, "--split", "heldout")
+    assert code == 0 and output.count("RESULT") == 2 and "task=2 stage=pruned split=heldout" in output
+    tasks = torch.load(file, weights_only=True)["tasks"]
+    validation, test, heldout = (tasks[2]["results"]["pruned"][split] for split in ("validation", "test", "heldout"))
+    assert heldout["n"] == validation["n"] + test["n"]
+    mean = np.average([validation["mrr@5"], test["mrr@5"]], weights=[validation["n"], test["n"]])
+    assert heldout["mrr@5"] == pytest.approx(mean)
+
+    shutil.copytree(folder / "Data", tmp_path / "moved")
+    code, output, _ = run_here("evaluate.py", "--checkpoint", file, "--data_dir", str(tmp_path / "moved"))
+    assert code == 0 and output.count("same") == 2
+    code, _, error = run_here("evaluate.py", "--checkpoint", file, "--data_dir", str(tmp_path))
+    assert code == 2 and "--data_dir" in error
+    (tmp_path / "moved" / FILES[1]).write_text("1,2,3\n" * 10)
+    code, _, error = run_here("evaluate.py", "--checkpoint", file, "--data_dir", str(tmp_path / "moved"))
+    assert code == 2 and "changed since" in error
+
+
+def test_evaluate_says_when_a_task_was_forgotten(chain, tmp_path, run_here):
+    folder, _ = chain
+    content = load(folder, 4, "ret")
+    weight, owner = (content["model"][f"blocks.0.conv1.{part}"] for part in ("weight", "owner"))
+    weight[owner == 1] = 0
+    torch.save(content, tmp_path / "ret_t4.pt")
+    code, output, _ = run_here("evaluate.py", "--checkpoint_dir", str(tmp_path))
+    assert code == 1 and "DIFFERS" in output
+
+
+def test_the_best_state_by_validation_is_kept(chain):
+    folder, printed = chain
+    best_was_not_last = 0
+    for task, stage in STAGES:
+        rows = [row for row in results_of(printed[task, stage]) if row["stage"] == stage]
+        validation, (test,) = rows[:-1], rows[-1:]
+        scores = [float(row.get("mrr@5") or row["accuracy"]) for row in validation]
+        best = validation[int(np.argmax(scores))]
+        record = load(folder, task, stage)["tasks"][task]
+        kept = record["results"][stage]["validation"]
+        assert float(best["epoch"]) == pytest.approx(record["epoch"], rel=1e-3)
+        assert next(iter(kept.values())) == pytest.approx(max(scores), abs=1e-4)
+        assert test["split"] == "test" and test["epoch"] == best["epoch"]
+        best_was_not_last += best is not validation[-1]
+    assert best_was_not_last, "all best states were the last ones, so this test has seen nothing"
+
+
+def test_a_stage_that_only_gets_worse_keeps_what_it_started_from(chain, tmp_path, run_here):
+    folder, _ = chain
+    shutil.copytree(folder, tmp_path / "copy")
+    script_flags = flags(tmp_path / "copy", 4)
+    code, _, _ = run_here("conure_ret_t4.py", *script_flags, "--learning_rate", "100", "--epochs", "2")
+    assert code == 0
+    before, after = load(folder, 4, "tp")["model"], load(tmp_path / "copy", 4, "ret")["model"]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_same_seed_gives_the_same_bits(demo, tmp_path):
+    for folder in ("a", "b"):
+        shutil.copytree(demo / "Data", tmp_path / folder / "Data")
+        run_script(
+            "conure_tp_t1.py", *flags(tmp_path / folder, 1), "--channels", "8", "--dilations", "1", "--epochs", "1"
+        )
+    a, b = (load(tmp_path / folder, 1, "tp")["model"] for folder in ("a", "b"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_results_csv_holds_every_result_line(chain):
+    folder, printed = chain
+    table = pd.read_csv(folder / "checkpoints" / "results.csv")
+    lines = [row for task_stage in STAGES for row in results_of(printed[task_stage])]
+    assert len(table) == len(lines)
+    for (_, row), line in zip(table.iterrows(), lines):
+        for name, value in line.items():
+            if name in ("stage", "split"):
+                assert row[name] == value
+            else:
+                assert row[name] == pytest.approx(float(value), abs=6e-2 if name == "seconds" else 1e-4)
+
+
+def test_what_a_run_prints(chain):
+    _, printed = chain
+    output = printed[2, "tp"]
+    for expected in (
+        r"^  prune_ratio +0\.7$",
+        r"^data: .* 1,500 rows of 21, ",
+        r"^parameters: [\d,]+, of which this stage trains [\d,]+$",
+        r"^device: cpu \(\d+ threads?\); python 3\.\d+\.\d+, torch ",
+        r"^  task 1 owns: 30\.0\d% of the conv weights\n  task 2 owns: 21\.0\d% .*\n  free: 48\.9\d% ",
+        r"^saved .*tp_t2\.pt \(\d\.\d MB\)\nnext: python conure_ret_t2\.py --checkpoint_dir .* --index_path ",
+    ):
+        assert re.search(expected, output, re.MULTILINE), expected
+    stages = [(row["stage"], row["split"]) for row in results_of(output)]
+    ends = [("tp", "test"), ("pruned", "validation"), ("pruned", "test")]
+    assert stages == [("tp", "validation")] * 7 + ends
+    assert "next: python evaluate.py" in printed[4, "ret"]
+
+
+@pytest.mark.parametrize("task, factor", [(1, 5), (2, 2), (3, 2)])
+def test_ranking_tasks_beat_popularity(chain, task, factor):
+    folder, printed = chain
+    load_task = data_loader.load_sequences if task == 1 else data_loader.load_examples
+    items = data_loader.read_index(str(folder / "Data" / "index.csv"))
+    data = load_task(str(folder / "Data" / FILES[task]), 0.2, items)
+    train, test = (data.targets[data.splits[split]] for split in ("train", "test"))
+    popular = np.argsort(-np.bincount(train), kind="stable")[:5]
+    popularity = sum((test == item).mean() / place for place, item in enumerate(popular, start=1))
+    learned = float(results_of(printed[task, "ret"])[-1]["mrr@5"])
+    assert learned > factor * popularity, f"{learned:.4f} against {popularity:.4f}"
+
+
+def test_gender_beats_the_majority_class(chain):
+    folder, printed = chain
+    items = data_loader.read_index(str(folder / "Data" / "index.csv"))
+    data = data_loader.load_examples(str(folder / "Data" / FILES[4]), 0.2, items)
+    train, test = (data.targets[data.splits[split]] for split in ("train", "test"))
+    majority = (test == np.bincount(train).argmax()).mean()
+    assert float(results_of(printed[4, "ret"])[-1]["accuracy"]) > majority + 0.15

@@ -1,0 +1,176 @@
+"""Files → ids → examples; negative samplers; the makers of data."""
+
+import gzip
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import data_loader
+import ttl_format
+from data_loader import LogUniformSampler, TargetSampler, Vocabulary
+from settings import InputError
+
+MOVIELENS = ROOT.parent / "shared" / "data"
+
+
+def sequences(tmp_path: Path, content: str | bytes, **arguments) -> data_loader.TaskData:
+    path = tmp_path / "task1.csv"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return data_loader.load_sequences(str(path), test_fraction=0.5, **arguments)
+
+
+def tokens(data: data_loader.TaskData) -> list[list[str]]:
+    rows = np.column_stack([data.rows[data.users], data.targets])
+    return [[data.items.tokens[id] for id in row] for row in rows]
+
+
+def test_reading_is_that_of_a_plain_split(tmp_path, monkeypatch):
+    monkeypatch.setattr(ttl_format, "CHUNK_BYTES", 100)  # so that lines and tokens fall on chunks' ends
+    random = np.random.default_rng(1)
+    names = ["0", "7", "77", "a b", "ä", "longer than eight bytes", "longer than eight bytez", "x" * 256]
+    lines = [[names[i] for i in random.integers(0, len(names), random.integers(1, 9))] for _ in range(300)]
+    data = sequences(tmp_path, "".join(",".join(line) + "\n" for line in lines))
+    assert tokens(data) == [["0"] * (8 - len(line)) + line for line in lines]
+    assert data.items.tokens == ["<UNK>"] + list(dict.fromkeys(token for line in lines for token in line))
+
+
+def test_short_rows_are_padded_on_the_left_and_zero_is_the_last_item_if_the_file_has_none(tmp_path):
+    data = sequences(tmp_path, "1,2,3\n4\n5,6\n1,2\n")
+    assert tokens(data) == [["1", "2", "3"], ["0", "0", "4"], ["0", "5", "6"], ["0", "1", "2"]]
+    assert data.padding_id == len(data.items) - 1 == 7
+    assert sequences(tmp_path, "1,2\n" * 4).padding_id == -1
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["\ufeff1,2,3\n4,5,6\n7,8,9\n1,2,3\n", "1,2,3\r\n4,5,6\r\n7,8,9\r\n1,2,3\r\n", "1,2,3\n4,5,6\n7,8,9\n1,2,3",
+     "1,2,3,\n4,5,6,\n7,8,9\n1,2,3\n", "\n1,2,3\n\n \n4,5,6\n7,8,9\n1,2,3\n\n", " 1 , 2,3\t\n4,5,6 \n7,\t8,9\n1,2,3\n"],
+    ids=["byte-order mark", "Windows", "no last newline", "trailing comma", "empty lines", "spaces"],
+)  # fmt: skip
+def test_files_are_read_as_anyone_would_mean_them(tmp_path, content):
+    assert tokens(sequences(tmp_path, content)) == [list("123"), list("456"), list("789"), list("123")]
+
+
+def test_later_tasks_give_one_example_for_each_target(tmp_path):
+    path = tmp_path / "task2.csv"
+    path.write_text("1,2,,x\n9,3,,y,x\n")
+    items = Vocabulary(["<UNK>", "1", "2", "3"])
+    data = data_loader.load_examples(str(path), 0.67, items)
+    assert data.rows[data.users].tolist() == [[1, 2, 0], [0, 3, 0], [0, 3, 0]]
+    assert data.targets.tolist() == [1, 2, 1] and data.target_vocabulary.tokens == ["<UNK>", "x", "y"]
+    assert data.unknown_items == 1 and "1 items" in data.describe()
+    again = data_loader.load_examples(str(path), 0.67, items, Vocabulary(["<UNK>", "y", "z"]))
+    assert again.targets.tolist() == [0, 1, 0] and again.unknown_targets == 2
+
+
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        ("1,2,,3\n4,5\n", "line 2: no `,,` between the sequence and its targets: '4,5'"),
+        ("1,2,,3\n\n4,5,,\n", "line 3: no target after `,,`: '4,5,,'"),
+        (",,3\n1,2,,3\n", "line 1: no item before `,,`: ',,3'"),
+        ("1,2,,3\n1,2,,3,,4\n", "line 2: an empty item or target besides the `,,`"),
+        (b"1,2,,3\n1,\xff,,3\n", "line 2: not UTF-8 text"),
+        (b"1,2,,3\n1,\0,,3\n", "line 2: a zero byte"),
+        ("1,,2\n" + "1" * 300 + ",,2\n", "line 2: a token of more than 256 bytes"),
+        ("", "is empty"),
+        ("\n \n\n", "is empty"),
+        ("1,2,,3\n" * 9, "every target is the same"),
+        ("1,2,,3\n1,2,,4\n", "too few to hold out"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_its_line(tmp_path, content, complaint):
+    path = tmp_path / "task2.csv"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(InputError) as error:
+        data_loader.load_examples(str(path), 0.5, Vocabulary(["<UNK>", "1", "2"]))
+    assert complaint in str(error.value) and "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["1,2,,3\n4,5,6\n", "1\n2\n3\n4\n"], ids=["targets", "single items"])
+def test_task_1_refuses_what_is_no_sequence(tmp_path, content):
+    with pytest.raises(InputError):
+        sequences(tmp_path, content)
+
+
+def test_the_index_is_written_and_read_back(tmp_path):
+    path = str(tmp_path / "index.csv")
+    items = Vocabulary(["<UNK>", 'quo"ted', "NA", "007", "ä"])
+    items.write(path)
+    assert Path(path).read_text().splitlines()[:2] == ["token,id", "<UNK>,0"]
+    assert data_loader.read_index(path).ids == items.ids
+    assert Vocabulary.from_tensor(items.to_tensor()).tokens == items.tokens
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{'<UNK>': 0, 'a': 2}", "{'<UNK>': 0, 'a': __import__('os').system('true')}", "{'a': 0}", "{1: 0}", "{'<UNK>': 0",
+     "token,id\n<UNK>,0\na,2\n", "token,id\n<UNK>,0\na,1\na,2\n", "token,id\n<UNK>,zero\n", "what,ever\n1,2\n", "", "{" * 9999],
+)  # fmt: skip
+def test_what_is_no_index_is_refused(tmp_path, content):
+    path = tmp_path / "index.csv"
+    path.write_text(content)
+    with pytest.raises(InputError, match="is no item index"):
+        data_loader.read_index(str(path))
+
+
+def test_log_uniform_negatives_are_distinct_and_as_frequent_as_expected():
+    sampler, generator, draws = LogUniformSampler(40, 0.25), torch.Generator().manual_seed(1), 4000
+    counts, expected = torch.zeros(40), torch.zeros(40)
+    for _ in range(draws):
+        ids, tries = sampler.draw(generator)
+        assert len(ids) == len(ids.unique()) == 10 and tries >= 10
+        counts[ids] += 1
+        expected += sampler.expected_count(torch.arange(40), tries)
+    np.testing.assert_allclose(counts / draws, expected / draws, atol=0.03)
+
+
+def test_target_negatives_follow_the_probabilities_and_are_never_the_positive():
+    sampler, generator = TargetSampler(np.array([0.5, 0.3, 0.0, 0.2])), torch.Generator().manual_seed(1)
+    for positive in (1, 2, 4):
+        drawn = sampler.draw(torch.full((20000,), positive), generator)
+        share = torch.bincount(drawn, minlength=5) / 20000
+        expected = torch.tensor([0, 0.5, 0.3, 0.0, 0.2])
+        expected[positive] = 0
+        torch.testing.assert_close(share, expected / expected.sum(), rtol=0, atol=0.015)
+
+
+def test_a_sampler_that_draws_almost_nothing_else_still_ends():
+    sampler = TargetSampler(np.array([1 - 1e-12, 1e-12]))
+    assert (sampler.draw(torch.ones(100, dtype=torch.int64), torch.Generator().manual_seed(1)) == 2).all()
+
+
+@pytest.mark.skipif(not MOVIELENS.exists(), reason="the MovieLens data is not in ../shared/data")
+def test_from_movielens_makes_the_files_line_for_line(tmp_path, run_here):
+    source = MOVIELENS / "ml-1m-half"
+    arguments = ("Data/from_movielens.py", "--movielens_dir", str(source), "--output_dir", str(tmp_path))
+    assert run_here(*arguments)[0] == 0
+    expected = sorted((MOVIELENS / "ml-1m-half-conure").glob("*.csv"))
+    assert len(expected) == 5
+    for path in expected:
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+    code, _, error = run_here(*arguments)
+    assert code == 2 and "--overwrite" in error
+
+
+def test_from_movielens_reads_the_csv_form_and_half_stars(tmp_path, run_here):
+    ratings = ["userId,movieId,rating,timestamp"]
+    ratings += [f"{user},{movie},{rating},{time}" for user in (2, 1) for time, (movie, rating) in enumerate(
+        [(10, 3.0), (20, 1.0), (30, 2.5), (40, 4.0), (50, 4.5), (60, 5.0)])]  # fmt: skip
+    source, target = tmp_path / "ml-latest", tmp_path / "out"
+    os.mkdir(source)
+    with gzip.open(source / "ratings.csv.gz", "wt") as file:
+        file.write("\n".join(ratings))
+    flags = ["--movielens_dir", str(source), "--output_dir", str(target), "--length", "4", "--history", "0.5"]
+    code, output, _ = run_here("Data/from_movielens.py", *flags)
+    assert code == 0 and "no task 4" in output
+    written = {path.name.split("_")[-2 if "nouser" in path.name else -1]: path.read_text() for path in target.iterdir()}
+    assert written == {
+        "pretrain.csv": "0,10,20,30\n" * 2,
+        "click": "0,10,20,30,,40,50\n" * 2,
+        "like": "0,10,20,30,,60\n" * 2,
+    }

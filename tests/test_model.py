@@ -1,0 +1,151 @@
+"""The network and the owner map: causality, who may read and train what, counts."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import pruning
+import training
+from data_loader import LogUniformSampler, TargetSampler, uniform_probabilities
+from nextitnet import CausalConv, NextItNet
+from pruning import Reading
+
+
+def small_model(positions: int = 0, tasks: int = 3) -> NextItNet:
+    torch.manual_seed(1)
+    model = NextItNet(items=50, channels=8, dilations=[1, 4], kernel_size=3, positions=positions)
+    for task in range(2, tasks + 1):
+        model.add_head(task, 7)
+    return model
+
+
+def test_no_position_sees_a_later_item():
+    model, ids = small_model(positions=12), torch.randint(50, (4, 12))
+    hidden = model(ids, Reading(1, "tp"))
+    for changed in range(12):
+        other = ids.clone()
+        other[:, changed] = (other[:, changed] + 1) % 50
+        difference = (model(other, Reading(1, "tp")) != hidden).any(dim=(0, 2))
+        assert not difference[:changed].any()
+        assert difference[changed]
+
+
+@pytest.mark.parametrize("kernel_size, dilation", [(1, 1), (2, 3), (3, 1), (5, 2)])
+def test_causal_conv_is_torchs_dilated_convolution(kernel_size, dilation):
+    conv, x = CausalConv(6, kernel_size, dilation), torch.randn(2, 9, 6)
+    weight = conv.weight.permute(2, 1, 0)  # (C_out, C_in, K), tap 0 the oldest as here
+    padded = F.pad(x.transpose(1, 2), ((kernel_size - 1) * dilation, 0))
+    expected = F.conv1d(padded, weight, dilation=dilation).transpose(1, 2)
+    torch.testing.assert_close(conv(x, Reading(1, "tp")), expected, rtol=0, atol=1e-6)
+
+
+def test_positions_beyond_the_trained_ones_repeat_the_last():
+    model = small_model(positions=5)
+    assert model(torch.zeros(2, 9, dtype=torch.int64), Reading(1, "tp")).shape == (2, 9, 8)
+
+
+def test_initial_values_are_the_originals():
+    torch.manual_seed(0)
+    model = NextItNet(items=4000, channels=32, dilations=[1], kernel_size=3)
+    model.add_head(2, 4000)
+    for weight in (model.embedding.weight, model.blocks[0].conv1.weight, model.head(2).weight):
+        assert weight.abs().max() <= 0.04
+        assert weight.std().item() == pytest.approx(0.0176, rel=0.05)  # 0.02, cut off at two deviations
+    assert model.head(1).weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert (model.head(1).bias == 0.1).all() and model.head(2).bias is None
+
+
+def test_three_ways_to_read_a_weight():
+    owner = torch.tensor([0, 1, 2, 3], dtype=torch.uint8)
+    expected = {
+        Reading(2, "tp"): ([1, 1, 1, 1], [1, 0, 0, 0]),
+        Reading(2, "ret"): ([0, 1, 1, 0], [0, 0, 1, 0]),
+        Reading(2, "inference"): ([0, 1, 1, 0], [0, 0, 0, 0]),
+    }
+    for reading, (used, trained) in expected.items():
+        masks = pruning.used_and_trained(owner, reading)
+        assert [mask.int().tolist() for mask in masks] == [used, trained]
+
+
+def test_hidden_weights_leave_no_trace():
+    """Whatever stands in weights that a task may not read, its outputs are the same bits."""
+    model, ids = small_model(), torch.randint(50, (4, 12))
+    pruning.prune(model, 1, [0.7])
+    before = model(ids, Reading(1, "inference"))
+    with torch.no_grad():
+        for layer in pruning.owned_weights(model):
+            layer.weight[layer.owner == pruning.FREE] *= -1e6
+    assert torch.equal(model(ids, Reading(1, "inference")), before)
+
+
+def test_pruning_takes_the_largest_free_weights_and_no_more():
+    model, ratios = small_model(), [0.7, 0.5, 0.8]
+    for task in (1, 2, 3):
+        before = [layer.owner.clone() for layer in pruning.owned_weights(model)]
+        pruning.prune(model, task, ratios[:task])
+        for layer, owner in zip(pruning.owned_weights(model), before):
+            taken, left = layer.owner == task, layer.owner == pruning.FREE
+            assert (layer.owner == owner)[~taken].all() and (owner[taken] == pruning.FREE).all()
+            assert taken.sum() == pruning.keep_count(owner.numel(), ratios[: task - 1], ratios[task - 1])
+            assert layer.weight[taken].abs().min() >= layer.weight[left].abs().max()
+    assert sum(pruning.shares(model).values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "size, earlier, ratio, count", [(768, [], 0.7, 231), (768, [0.7], 0.7, 162), (768, [0.7, 0.7], 0.7, 113), (10, [], 0.5, 6)]
+)
+def test_keep_count(size, earlier, ratio, count):
+    assert pruning.keep_count(size, earlier, ratio) == count
+
+
+def test_a_task_is_pruned_once_and_never_from_nothing():
+    model = small_model()
+    pruning.prune(model, 1, [0.7])
+    with pytest.raises(ValueError, match="pruned before"):
+        pruning.prune(model, 1, [0.7])
+    for layer in pruning.owned_weights(model):
+        layer.owner.fill_(1)
+    with pytest.raises(ValueError, match="no free weights"):
+        pruning.prune(model, 2, [0.7, 0.7])
+
+
+@pytest.mark.parametrize("reading", [Reading(2, "tp"), Reading(2, "ret")])
+def test_training_moves_only_what_the_stage_trains(reading):
+    model = small_model()
+    pruning.prune(model, 1, [0.7])
+    if reading.stage == "ret":
+        pruning.prune(model, 2, [0.7, 0.7])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    adam = torch.optim.Adam(model.train_only(reading), lr=0.1)
+    loss = training.PairLoss(training.bpr, TargetSampler(uniform_probabilities(7)), l2=0.1)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        adam.zero_grad()
+        loss(model, reading, torch.randint(50, (4, 12)), torch.randint(1, 7, (4,)), generator).backward()
+        adam.step()
+    after = model.state_dict()
+    for name, value in before.items():
+        if name.endswith("conv1.weight") or name.endswith("conv2.weight"):
+            _, trained = pruning.used_and_trained(before[name.replace("weight", "owner")], reading)
+            assert torch.equal(after[name][~trained], value[~trained])
+            assert (after[name][trained] != value[trained]).any()
+        else:
+            assert torch.equal(after[name], value) == (name != "heads.2.weight"), name
+
+
+def test_full_softmax_and_ignored_labels():
+    model, ids = small_model(), torch.randint(1, 50, (4, 12))
+    ids[:, :6] = 7  # padding
+    inputs, targets = ids[:, :-1], ids[:, -1]
+    loss = training.NextItemLoss(LogUniformSampler(50, 1.0), ignored_label=7)
+    scores = model.head(1)(model(inputs, Reading(1, "tp")))
+    expected = F.cross_entropy(scores.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=7)
+    torch.testing.assert_close(loss(model, Reading(1, "tp"), inputs, targets, None), expected)
+    nothing = loss(model, Reading(1, "tp"), torch.full((2, 5), 7), torch.full((2,), 7), None)
+    assert nothing == 0
+
+
+def test_sampled_softmax_of_all_items_at_equal_counts_is_the_full_softmax():
+    head, hidden, labels = small_model().head(1), torch.randn(9, 8), torch.randint(50, (9,))
+    losses = training.sampled_softmax(hidden, labels, head, torch.arange(50), torch.ones(9), torch.ones(50))
+    torch.testing.assert_close(losses, F.cross_entropy(head(hidden), labels, reduction="none"))

@@ -1,0 +1,140 @@
+"""The scripts as a user meets them: help, wrong input, Ctrl-C."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import FILES, ROOT, STAGES, flags
+
+
+def refused(result: tuple[int, str, str]) -> str:
+    """The one line that a script prints when it refuses its input."""
+    code, _, error = result
+    assert code == 2
+    assert re.fullmatch(r"error: [^\n]+\n", error), error
+    return error
+
+
+@pytest.mark.parametrize("task, stage", STAGES)
+def test_help_lists_every_hyperparameter_with_its_comment(run_here, task, stage):
+    script = f"conure_{stage}_t{task}.py"
+    block = (ROOT / script).read_text().split("class Hyperparameters:")[1].split("\n\n")[0]
+    fields = re.findall(r"^    (\w+): .* = (.*?)  # (.*)$", block, re.MULTILINE)
+    assert len(fields) == len(block.strip().splitlines())
+    code, output, _ = run_here(script, "--help")
+    unwrapped = " ".join(output.split())
+    assert code == 0 and all(f"--{name}" in output and comment in unwrapped for name, _, comment in fields)
+    for part in ("READS", "WRITES", "NEXT"):
+        assert part in output
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+        (["--epochs", "three"], "--epochs 'three' is not of type int"),
+        (["--epochs", "0"], "--epochs 0 makes no sense"),
+        (["--epochs"], "expected one argument"),
+        (["--learning_rate", "-1"], "--learning_rate -1.0 makes no sense"),
+        (["--learning_rate", "nan"], "--learning_rate nan makes no sense"),
+        (["--prune_ratio", "1"], "--prune_ratio 1.0 makes no sense"),
+        (["--negative_fraction", "0"], "--negative_fraction 0.0 makes no sense"),
+        (["--dilations", "1,x"], "--dilations '1,x' is not of type list of int"),
+        (["--dilations", "1,0"], "--dilations 1,0 makes no sense"),
+        (["--positional_embedding", "maybe"], "--positional_embedding 'maybe' is not of type bool"),
+        (["--device", "tpu"], "--device tpu makes no sense"),
+        (["--test_fraction", "1.5"], "--test_fraction 1.5 makes no sense"),
+        (["--data_path", "nowhere.csv"], "nowhere.csv does not exist"),
+        (["--data_path", "."], "Is a directory"),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(run_here, demo, arguments, complaint):
+    assert complaint in refused(run_here("conure_tp_t1.py", *flags(demo, 1), *arguments))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_missing_gpu_is_said(run_here, demo):
+    assert "--device auto or cpu" in refused(run_here("conure_tp_t1.py", *flags(demo, 1), "--device", "cuda"))
+
+
+def test_a_missing_predecessor_names_the_script_to_run(run_here, demo, chain, tmp_path):
+    assert "conure_tp_t1.py" in refused(run_here("conure_ret_t1.py", *flags(tmp_path, 1)[2:], *flags(demo, 1)[:2]))
+    for task, stage in STAGES[1:]:
+        before = f"conure_tp_t{task}.py" if stage == "ret" else f"conure_ret_t{task - 1}.py"
+        elsewhere = ["--checkpoint_dir", str(tmp_path)]
+        assert before in refused(run_here(f"conure_{stage}_t{task}.py", *flags(demo, task), *elsewhere))
+    assert "conure_tp_t1.py" in refused(run_here("evaluate.py", "--checkpoint_dir", str(tmp_path)))
+
+
+def test_other_data_or_another_vocabulary_is_refused(run_here, chain, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(chain[0], folder)
+    assert "other data" in refused(run_here("conure_ret_t1.py", *flags(folder, 1), "--test_fraction", "0.3"))
+    with open(folder / "Data" / FILES[2], "a") as file:
+        file.write("1,2,3,,clicks0_1\n")
+    assert "run `python conure_tp_t2.py` again" in refused(run_here("conure_ret_t2.py", *flags(folder, 2)))
+    file_lines = (folder / "Data" / "index.csv").read_text().splitlines()
+    with open(folder / "Data" / "index.csv", "a") as file:
+        file.write(f"brandnew,{len(file_lines) - 1}\n")
+    error = refused(run_here("conure_tp_t2.py", *flags(folder, 2)))
+    assert "another vocabulary" in error and "conure_tp_t1.py" in error
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint at all", b"PK\x03\x04", b"\x80\x02}q\x00."])
+def test_what_is_no_checkpoint_is_refused(run_here, chain, tmp_path, content):
+    folder = tmp_path / "copy"
+    shutil.copytree(chain[0], folder)
+    (folder / "checkpoints" / "tp_t2.pt").write_bytes(content)
+    assert "conure_tp_t2.py" in refused(run_here("conure_ret_t2.py", *flags(folder, 2)))
+
+
+def test_bad_lines_end_a_script_in_one_line(run_here, chain, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(chain[0], folder)
+    (folder / "Data" / FILES[2]).write_text("1,2,,c\n3,4\n")
+    assert "line 2: no `,,`" in refused(run_here("conure_tp_t2.py", *flags(folder, 2)))
+
+
+def test_a_results_table_that_is_none_is_refused_before_training(run_here, demo, tmp_path):
+    (tmp_path / "results.csv").write_bytes(b"\xff\xfe\n\x00")
+    error = refused(run_here("conure_tp_t1.py", *flags(demo, 1), "--checkpoint_dir", str(tmp_path), "--channels", "4"))
+    assert "results.csv" in error
+
+
+def test_ctrl_c_ends_training_as_if_it_had_converged(demo, tmp_path):
+    """The best state is kept and pruned, and the chain goes on from it."""
+    arguments = [*flags(demo, 1), "--index_path", str(tmp_path / "index.csv"), "--checkpoint_dir", str(tmp_path)]
+    endless = ["--channels", "8", "--dilations", "1", "--epochs", "100000"]
+    for stage, shape in (("tp", endless), ("ret", endless[-2:])):
+        command = [sys.executable, str(ROOT / f"conure_{stage}_t1.py"), *arguments, *shape]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            printed = []
+            for line in process.stdout:
+                printed.append(line)
+                if "epoch=2 " in line:
+                    process.send_signal(signal.SIGINT)
+        output = "".join(printed)
+        assert process.returncode == 0, output
+        assert "stopped by Ctrl-C" in output and "Traceback" not in output and "next: python" in output
+    pruned = torch.load(tmp_path / "tp_t1.pt", weights_only=True)
+    assert pruned["tasks"][1]["state"] == "pruned"
+    assert 0 < pruned["model"]["blocks.0.conv1.owner"].sum() < pruned["model"]["blocks.0.conv1.owner"].numel()
+    assert torch.load(tmp_path / "ret_t1.pt", weights_only=True)["tasks"][1]["state"] == "ret"
+
+
+def test_ctrl_c_before_training_says_that_no_checkpoint_was_written(tmp_path):
+    os.mkfifo(tmp_path / "data.csv")
+    command = [sys.executable, str(ROOT / "conure_tp_t1.py"), "--data_path", str(tmp_path / "data.csv")]
+    command += ["--checkpoint_dir", str(tmp_path / "checkpoints")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        with open(tmp_path / "data.csv", "w"):  # which waits until the script reads its data
+            process.send_signal(signal.SIGINT)
+            error = process.stderr.read()
+    assert process.returncode == 130
+    assert error == "\ninterrupted: this run has written no checkpoint\n"
+    assert not (tmp_path / "checkpoints").exists()
