@@ -110,15 +110,18 @@ class TaskData:
         targets = torch.from_numpy(self.targets[examples]).long()
         return inputs.to(device), targets.to(device)
 
-    def describe(self) -> str:
-        sizes = ", ".join(f"{len(self.splits[name]):,} {name}" for name in ("train", "validation", "test"))
-        unknown = ""
+    def describe(self) -> list[str]:
+        """Lines on where the data come from and how many there are."""
+        splits = ", ".join(f"{len(self.splits[name]):,} {name}" for name in ("train", "validation", "test"))
+        lines = [
+            self.path,
+            f"{len(self.rows):,} rows of {self.rows.shape[1]}; {len(self.items):,} items; "
+            f"{len(self.target_vocabulary):,} targets",
+            f"{len(self.targets):,} examples: {splits}",
+        ]
         if self.unknown_items or self.unknown_targets:
-            unknown = f"; unknown, read as {UNKNOWN}: {self.unknown_items:,} items, {self.unknown_targets:,} targets"
-        return (
-            f"{self.path}: {len(self.rows):,} rows of {self.rows.shape[1]}, {len(self.targets):,} examples ({sizes}), "
-            f"{len(self.items):,} items, {len(self.target_vocabulary):,} targets{unknown}"
-        )
+            lines.append(f"read as {UNKNOWN}: {self.unknown_items:,} items, {self.unknown_targets:,} targets")
+        return lines
 
 
 def load_sequences(path: str, test_fraction: float, items: Vocabulary | None = None) -> TaskData:

@@ -17,6 +17,9 @@ class InputError(Exception):
     """Something the user gave cannot be used; the message says what, where and what to do, in one line."""
 
 
+# The types of fields, and what their values look like on the command line.
+KINDS = {str: "TEXT", int: "INT", float: "NUMBER", bool: "true|false", tuple[int, ...]: "INT,INT,…"}
+
 # What a value must satisfy, by field name, and how to say so.
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "device": (lambda v: v in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
@@ -40,9 +43,9 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def parse(text: str, kind: type) -> Any:
-    """`text` as a value of the field type `kind`: str, int, float, bool or tuple[int, ...]; ValueError if it is none."""
+    """`text` as a value of the field type `kind`, one of KINDS; ValueError if it is none."""
     if kind is bool:
-        return {"true": True, "false": False}[text.lower()]
+        return ("false", "true").index(text.lower()) == 1
     if kind == tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     return kind(text)
@@ -61,22 +64,27 @@ class OneLineParser(argparse.ArgumentParser):
 def from_command_line(block: type, about: str, arguments: list[str] | None = None) -> Any:
     """The block's values with those given on the command line in their place; InputError if one makes no sense."""
     parser = OneLineParser(
-        description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        usage="python %(prog)s [--name value] …",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     kinds, help_texts = get_type_hints(block), comments(block)
     for field in dataclasses.fields(block):
-        shown = printable(field.default) or "''"
-        text = f"{help_texts[field.name]} [{shown}]".replace("%", "%%")
-        bare = dict(nargs="?", const="true") if kinds[field.name] is bool else {}  # `--overwrite` means true
-        parser.add_argument(f"--{field.name}", metavar="", help=text, **bare)
+        default = f" [{printable(field.default)}]" if field.default != "" else ""
+        parser.add_argument(
+            f"--{field.name}",
+            metavar=KINDS[kinds[field.name]],
+            help=(help_texts[field.name] + default).replace("%", "%%"),
+            **(dict(nargs="?", const="true") if kinds[field.name] is bool else {}),  # `--overwrite` means true
+        )
     values = {}
     for name, text in vars(parser.parse_args(arguments)).items():
         if text is not None:
             try:
                 values[name] = parse(text, kinds[name])
-            except (ValueError, KeyError):
-                wanted = getattr(kinds[name], "__name__", str(kinds[name])).replace("tuple", "list of int")
-                raise InputError(f"--{name} {text!r} is not of type {wanted}") from None
+            except ValueError:
+                raise InputError(f"--{name} {text!r} is not of the form {KINDS[kinds[name]]}") from None
     hyperparameters = block(**values)
     for field in dataclasses.fields(hyperparameters):
         value = getattr(hyperparameters, field.name)

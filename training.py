@@ -137,14 +137,15 @@ class Run:
         print(f"task {self.reading.task}, stage {self.reading.stage}")
         for name, value in vars(self.hp).items():
             print(f"  {name:20} {printable(value)}")
-        print(f"data: {self.data.describe()}")
+        print("data:", "\n  ".join(self.data.describe()))
         total = sum(parameter.numel() for parameter in self.model.parameters())
         owners = [layer.owner for layer in pruning.owned_weights(self.model)]
         frozen = sum(int((~pruning.used_and_trained(owner, self.reading)[1]).sum()) for owner in owners)
         trained = sum(parameter.numel() for parameter in self.trained) - frozen
         print(f"parameters: {total:,}, of which this stage trains {trained:,}")
         threads = f" ({torch.get_num_threads()} threads)" if self.device.type == "cpu" else ""
-        print(f"device: {self.device.type}{threads};", ", ".join(" ".join(v) for v in checkpoint.versions().items()))
+        print(f"device: {self.device.type}{threads}")
+        print("versions:", ", ".join(" ".join(version) for version in checkpoint.versions().items()))
 
     def train(self, loss: Loss) -> None:
         """Adam over `epochs`, evaluating every `eval_every` steps; keeps the state that is best on validation.
@@ -168,12 +169,12 @@ class Run:
                 value.backward()
                 optimiser.step()
                 self.seconds += time.perf_counter() - started
-                self.epoch = step / steps_per_epoch
+                self.epoch = round(step / steps_per_epoch, 4)
                 progress.advance(value)
                 if step % eval_every == 0 or step == steps or stop.requested:
                     best.consider()
                 if stop.requested:
-                    print(f"stopped by Ctrl-C after epoch {self.epoch:g}: the best state so far is kept", flush=True)
+                    tqdm.write(f"stopped by Ctrl-C after epoch {self.epoch:g}: the best state so far is kept")
                     break
         best.restore()
         self.report(self.reading.stage, ("test",))

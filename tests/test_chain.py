@@ -172,9 +172,9 @@ def test_what_a_run_prints(chain):
     output = printed[2, "tp"]
     for expected in (
         r"^  prune_ratio +0\.7$",
-        r"^data: .* 1,500 rows of 21, ",
+        r"^data: .*\n  1,500 rows of 21; 40\d items; \d+ targets\n  [\d,]+ examples: [\d,]+ train, ",
         r"^parameters: [\d,]+, of which this stage trains [\d,]+$",
-        r"^device: cpu \(\d+ threads?\); python 3\.\d+\.\d+, torch ",
+        r"^device: cpu \(\d+ threads\)\nversions: python 3\.\d+\.\d+, torch ",
         r"^  task 1 owns: 30\.0\d% of the conv weights\n  task 2 owns: 21\.0\d% .*\n  free: 48\.9\d% ",
         r"^saved .*tp_t2\.pt \(\d\.\d MB\)\nnext: python conure_ret_t2\.py --checkpoint_dir .* --index_path ",
     ):
