@@ -1,28 +1,42 @@
 """Checkpoints: one plain dict per stage, written whole or not at all, from which model and tasks are read back.
 
-    format        number of this layout
+    format, name  number of this layout, and the file's name
     task, stage   which stage wrote it
+    identity      what made it what it is: hyperparameters, digests of data, vocabulary and the checkpoint before
+    lineage       digests of all checkpoints that it goes back to, by file name
     architecture  the arguments of NextItNet
     model         state dict: weights, owner maps, heads, on the CPU
     items         the item vocabulary, as one uint8 tensor
     tasks         for each task learned so far: its data, targets, prune ratio, hyperparameters, results
     versions      of Python and the packages
+
+A snapshot is a file of the same kind, with the state of a stage that is under way in place of model and tasks. The
+last line of each file is the SHA-256 of all bytes before it, checked before anything is unpickled.
 """
 
+import hashlib
 import os
 import platform
 import re
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
 import torch
 
-from data_loader import TaskData
+from files import whole_file
 from nextitnet import NextItNet
 from settings import InputError
 
 FORMAT = 1
+NAME = r"(tp|ret)_t([1-9]\d*)\.(snapshot\.)?pt"  # of a checkpoint or a snapshot; copies may be called anything else
+SEAL = b"\nsha256 "  # what stands before the digest; torch.load passes over what follows the archive
+SEAL_BYTES = len(SEAL) + 64
+
+
+def snapshot_of(path: str) -> str:
+    """The snapshot beside a stage's checkpoint."""
+    return f"{path.removesuffix('.pt')}.snapshot.pt"
 
 
 def path_of(folder: str, task: int, stage: str) -> str:
@@ -38,14 +52,25 @@ def stage_before(task: int, stage: str) -> tuple[int, str]:
     return (task, "tp") if stage == "ret" else (task - 1, "ret")
 
 
+def stage_of(path: str) -> tuple[int, str] | None:
+    """The task and stage whose checkpoint has this file name; None if it is no checkpoint's."""
+    match = re.fullmatch(NAME, os.path.basename(path))
+    return (int(match[2]), match[1]) if match and not match[3] else None
+
+
+def order_of(path: str) -> tuple[int, bool]:
+    """Sorts checkpoint files along the chain."""
+    task, stage = stage_of(path)
+    return task, stage == "ret"
+
+
 def newest(folder: str) -> str:
     """The checkpoint in `folder` that is furthest along the chain; InputError if there is none."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    stages = [(int(match[2]), match[1] == "tp", match[0]) for name in names if (match := re.fullmatch(r"(tp|ret)_t(\d+)\.pt", name))]
-    if not stages:
+    names = filter(stage_of, os.listdir(folder) if os.path.isdir(folder) else [])
+    last = max(names, key=order_of, default=None)
+    if last is None:
         raise InputError(f"{folder} holds no checkpoint: run `python {script_of(1, 'tp')}` first")
-    task = max(stages)[0]
-    return os.path.join(folder, min((is_tp, name) for number, is_tp, name in stages if number == task)[1])
+    return os.path.join(folder, last)
 
 
 def versions() -> dict[str, str]:
@@ -58,31 +83,75 @@ def versions() -> dict[str, str]:
 
 
 def save(path: str, content: dict[str, Any]) -> None:
-    """Writes beside `path`, flushes to disk, then renames: a crash leaves the file as it was before."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
-        torch.save({"format": FORMAT, "versions": versions(), **content}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Writes a checkpoint or snapshot with its digest; InputError, and the file as it was, if the disk is full."""
+    head = {"format": FORMAT, "name": os.path.basename(path), "versions": versions()}
+    with whole_file(path) as file:
+        torch.save(head | content, file)
+        size = file.tell()
+        file.seek(0)
+        digest = digest_of(file, size)
+        file.write(SEAL + digest.encode())
 
 
-def load(path: str, script: str) -> dict[str, Any]:
-    """The checkpoint that `script` writes; InputError, naming the script, if there is none or it cannot be read."""
-    again = f"run `python {script}`"
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: {again} first, which writes it") from None
-    except OSError:
-        raise
-    except Exception as error:  # what a broken pickle raises depends on where it is broken
-        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
-        raise InputError(f"{path} is not a checkpoint ({reason}): {again} to make it again") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise InputError(f"{path} is not a checkpoint of this suite (format {FORMAT}): {again} to make it again")
-    return content
+def digest_of(file: BinaryIO, size: int) -> str:
+    """The SHA-256 of the next `size` bytes."""
+    digest = hashlib.sha256()
+    while size > 0 and (block := file.read(min(size, 1 << 24))):
+        digest.update(block)
+        size -= len(block)
+    return digest.hexdigest()
+
+
+def seal_of(file: BinaryIO) -> str | None:
+    """The digest that the file's last line claims; None if it ends otherwise."""
+    if file.seek(0, os.SEEK_END) < SEAL_BYTES:
+        return None
+    file.seek(-SEAL_BYTES, os.SEEK_END)
+    seal = file.read(SEAL_BYTES)
+    return seal[len(SEAL) :].decode("ascii", "replace") if seal.startswith(SEAL) else None
+
+
+def load_file(path: str, remedy: str) -> tuple[dict[str, Any], str]:
+    """Content and digest of a checkpoint or snapshot.
+
+    InputError, with the remedy, if a single bit is not as it was written, or if it was written under another name.
+    """
+    with open(path, "rb") as file:
+        seal = seal_of(file)
+        size = file.seek(0, os.SEEK_END) - SEAL_BYTES
+        file.seek(0)
+        if seal is None or digest_of(file, size) != seal:
+            raise InputError(f"{path} is damaged or cut short, or was never a checkpoint of this suite: {remedy}")
+        file.seek(0)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    if content["format"] != FORMAT:
+        raise InputError(f"{path} has format {content['format']}, this version reads {FORMAT}: {remedy}")
+    if re.fullmatch(NAME, os.path.basename(path)) and content["name"] != os.path.basename(path):
+        raise InputError(f"{path} was written as {content['name']}: {remedy}")
+    return content, seal
+
+
+def load(path: str) -> tuple[dict[str, Any], str]:
+    """Content and digest of a stage's checkpoint.
+
+    InputError, naming the script to run, if it does not exist, is damaged, is another stage's, or goes back to a
+    checkpoint in the same folder that has been replaced since.
+    """
+    stage = stage_of(path)
+    script = script_of(*stage) if stage else "the script that writes it"
+    if not os.path.exists(path):
+        raise InputError(f"{path} does not exist: run `python {script}` first, which writes it")
+    content, digest = load_file(path, f"run `python {script} --overwrite`")
+    for name, expected in content["lineage"].items():
+        ancestor = os.path.join(os.path.dirname(path), name)
+        if os.path.exists(ancestor):
+            with open(ancestor, "rb") as file:
+                if seal_of(file) != expected:
+                    raise InputError(
+                        f"{path} goes back to another {name} than the one there now: put that back, or run the "
+                        "scripts after it again with --overwrite"
+                    )
+    return content, digest
 
 
 def build_model(content: dict[str, Any]) -> NextItNet:
@@ -93,21 +162,3 @@ def build_model(content: dict[str, Any]) -> NextItNet:
             model.add_head(task, record["target_count"])
     model.load_state_dict(content["model"])
     return model
-
-
-def check_same_items(path: str, content: dict[str, Any], data: TaskData, index_path: str) -> None:
-    """InputError if the checkpoint's item ids are not those of the index that encoded `data`."""
-    if not torch.equal(content["items"], data.items.to_tensor()):
-        raise InputError(
-            f"{path} was made with another vocabulary than {index_path}: "
-            f"run `python {script_of(1, 'tp')}` again, or name the right index with --index_path"
-        )
-
-
-def check_same_data(path: str, record: dict[str, Any], data: TaskData, test_fraction: float, script: str) -> None:
-    """InputError if the task was learned from other examples than these, or held out others."""
-    if record["data_digest"] != data.digest or record["test_fraction"] != test_fraction:
-        raise InputError(
-            f"{path} was made with other data ({record['data_path']}, test_fraction {record['test_fraction']:g}) than "
-            f"{data.path}: run `python {script}` again, or give the data and test_fraction that it had"
-        )

@@ -9,6 +9,7 @@ NEXT   python conure_tp_t2.py
 from dataclasses import dataclass
 
 import data_loader
+import losses
 import settings
 import training
 from pruning import Reading
@@ -29,15 +30,17 @@ class Hyperparameters:
     padding_in_loss: bool = False  # also learn to predict padding, as the original does
     test_fraction: float = 0.2  # share of the examples held out: half validation, half test; as in tp
     eval_every: int = 0  # steps between evaluations on validation; 0: once an epoch
+    snapshot_minutes: float = 10  # between snapshots that a killed run goes on from; 0: at evaluations only
     top_k: int = 5  # cut-off of MRR, HR and NDCG
+    overwrite: bool = False  # do the stage over if it is finished, or was begun with other settings
 
 
 def main(hp: Hyperparameters) -> None:
     items = data_loader.read_index(hp.index_path)
     data = data_loader.load_sequences(hp.data_path, hp.test_fraction, items)
-    run = training.Run.continued(hp, Reading(1, "ret"), data)
+    run = training.Run(hp, Reading(1, "ret"), data)
     negatives = data_loader.LogUniformSampler(len(data.items), hp.negative_fraction)
-    run.train(training.NextItemLoss(negatives, None if hp.padding_in_loss else data.padding_id))
+    run.train(losses.NextItemLoss(negatives, None if hp.padding_in_loss else data.padding_id))
     run.save()
 
 

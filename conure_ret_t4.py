@@ -9,6 +9,7 @@ NEXT   python evaluate.py
 from dataclasses import dataclass
 
 import data_loader
+import losses
 import settings
 import training
 from pruning import Reading
@@ -28,15 +29,17 @@ class Hyperparameters:
     l2: float = 0.02  # weight decay of the task's head, as a loss term: l2 * sum(w^2) / 2
     test_fraction: float = 0.2  # share of the examples held out: half validation, half test; as in tp
     eval_every: int = 0  # steps between evaluations on validation; 0: once an epoch
+    snapshot_minutes: float = 10  # between snapshots that a killed run goes on from; 0: at evaluations only
     top_k: int = 1  # a prediction is right if the class is among so many best; 1: accuracy as usual
+    overwrite: bool = False  # do the stage over if it is finished, or was begun with other settings
 
 
 def main(hp: Hyperparameters) -> None:
     items = data_loader.read_index(hp.index_path)
     data = data_loader.load_examples(hp.data_path, hp.test_fraction, items)
-    run = training.Run.continued(hp, Reading(4, "ret"), data, metric="accuracy")
+    run = training.Run(hp, Reading(4, "ret"), data, metric="accuracy")
     negatives = data_loader.TargetSampler(data_loader.uniform_probabilities(len(data.target_vocabulary)))
-    run.train(training.PairLoss(training.bce, negatives, hp.l2))
+    run.train(losses.PairLoss(losses.bce, negatives, hp.l2))
     run.save()
 
 

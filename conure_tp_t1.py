@@ -8,8 +8,10 @@ NEXT   python conure_ret_t1.py
 from dataclasses import dataclass
 
 import data_loader
+import losses
 import settings
 import training
+from pruning import Reading
 
 
 @dataclass
@@ -32,14 +34,16 @@ class Hyperparameters:
     prune_ratio: float = 0.7  # share of the free weights that stays free for later tasks
     test_fraction: float = 0.2  # share of the examples held out: half validation, half test
     eval_every: int = 0  # steps between evaluations on validation; 0: once an epoch
+    snapshot_minutes: float = 10  # between snapshots that a killed run goes on from; 0: at evaluations only
     top_k: int = 5  # cut-off of MRR, HR and NDCG
+    overwrite: bool = False  # do the stage over if it is finished, or was begun with other settings
 
 
 def main(hp: Hyperparameters) -> None:
     data = data_loader.load_sequences(hp.data_path, hp.test_fraction)
-    run = training.Run.first(hp, data)
+    run = training.Run(hp, Reading(1, "tp"), data)
     negatives = data_loader.LogUniformSampler(len(data.items), hp.negative_fraction)
-    run.train(training.NextItemLoss(negatives, None if hp.padding_in_loss else data.padding_id))
+    run.train(losses.NextItemLoss(negatives, None if hp.padding_in_loss else data.padding_id))
     run.prune()
     data.items.write(hp.index_path)
     run.save()

@@ -9,6 +9,7 @@ NEXT   python conure_ret_t3.py
 from dataclasses import dataclass
 
 import data_loader
+import losses
 import settings
 import training
 from pruning import Reading
@@ -30,16 +31,18 @@ class Hyperparameters:
     prune_ratio: float = 0.7  # share of the free weights that stays free for later tasks
     test_fraction: float = 0.2  # share of the examples held out: half validation, half test
     eval_every: int = 0  # steps between evaluations on validation; 0: once an epoch
+    snapshot_minutes: float = 10  # between snapshots that a killed run goes on from; 0: at evaluations only
     top_k: int = 5  # cut-off of MRR, HR and NDCG
+    overwrite: bool = False  # do the stage over if it is finished, or was begun with other settings
 
 
 def main(hp: Hyperparameters) -> None:
     items = data_loader.read_index(hp.index_path)
     data = data_loader.load_examples(hp.data_path, hp.test_fraction, items)
-    run = training.Run.continued(hp, Reading(3, "tp"), data)
+    run = training.Run(hp, Reading(3, "tp"), data)
     probabilities = data_loader.static_probabilities(data.targets, len(data.target_vocabulary), hp.rho)
     negatives = data_loader.TargetSampler(probabilities)
-    run.train(training.PairLoss(training.bpr, negatives, hp.l2))
+    run.train(losses.PairLoss(losses.bpr, negatives, hp.l2))
     run.prune()
     run.save()
 

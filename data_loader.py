@@ -7,7 +7,9 @@ token `0`.
 
 import ast
 import hashlib
+import io
 import os
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +17,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from files import whole_file
 from settings import InputError
 from ttl_format import read_lines
 
 UNKNOWN = "<UNK>"  # id 0
 PADDING = "0"  # an ordinary token to the original: it has an id, an embedding and a row in the softmax
+MAX_INDEX_BYTES = 1 << 28  # two hundred times what 646,000 numbers take
 SPLIT_SEED = 10  # the original's np.random.seed before it shuffles the rows
 
 
@@ -48,40 +52,59 @@ class Vocabulary:
         """The tokens as one uint8 tensor, which a checkpoint keeps without pickling a list of strings."""
         return torch.frombuffer(bytearray("\n".join(self.tokens).encode()), dtype=torch.uint8)
 
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.to_tensor().numpy()).hexdigest()
+
     @classmethod
     def from_tensor(cls, tensor: Tensor) -> "Vocabulary":
         return cls(tensor.numpy().tobytes().decode().split("\n"))
 
     def write(self, path: str) -> None:
         """Writes index.csv: a header `token,id`, then a line a token."""
-        temporary = f"{path}.tmp"
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        pd.DataFrame({"token": self.tokens, "id": range(len(self))}).to_csv(temporary, index=False)
-        os.replace(temporary, path)
+        with whole_file(path) as file:
+            pd.DataFrame({"token": self.tokens, "id": range(len(self))}).to_csv(file, index=False)
 
 
 def read_index(path: str) -> Vocabulary:
     """The vocabulary in index.csv: ours, or the original's Python dict literal. InputError if it is neither."""
+    again = "run `python conure_tp_t1.py --overwrite` to write it again"
+    if not os.path.exists(path):
+        raise InputError(f"{path} does not exist: run `python conure_tp_t1.py` first, which writes it")
+    if os.path.getsize(path) > MAX_INDEX_BYTES:
+        raise InputError(f"{path} has more than {MAX_INDEX_BYTES:,} bytes, so it is no item index: {again}")
     try:
         with open(path, encoding="utf-8-sig") as file:
-            is_literal = file.read(1) == "{"
-            if is_literal:
-                pairs = ast.literal_eval("{" + file.read())
-                index = pd.DataFrame({"token": list(pairs), "id": list(pairs.values())})
-        if not is_literal:
-            index = pd.read_csv(path, dtype={"token": str, "id": np.int64}, keep_default_na=False)
+            text = file.read()
+        index = _parse_literal(text) if text.startswith("{") else _parse_csv(text)
         index = index.sort_values("id")
         tokens = index["token"].tolist()
         if not np.array_equal(index["id"], np.arange(len(tokens))) or tokens[:1] != [UNKNOWN]:
             raise ValueError(f"its ids must be 0, 1, 2, … and 0 be {UNKNOWN}")
-        if len(set(tokens)) < len(tokens) or not all(isinstance(token, str) for token in tokens):
-            raise ValueError("its tokens must be text, each of them once")
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: run `python conure_tp_t1.py` first, which writes it") from None
-    except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError) as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else "it cannot be read"
-        raise InputError(f"{path} is no item index ({reason}): run `python conure_tp_t1.py` to write it again") from None
+        if len(set(tokens)) < len(tokens):
+            raise ValueError("its tokens must differ from each other")
+    except (ValueError, KeyError, SyntaxError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise InputError(f"{path} is no item index ({reason}): {again}") from None
     return Vocabulary(tokens)
+
+
+def _parse_csv(text: str) -> pd.DataFrame:
+    return pd.read_csv(io.StringIO(text), dtype={"token": str, "id": np.int64}, keep_default_na=False)
+
+
+def _parse_literal(text: str) -> pd.DataFrame:
+    """{'token': id, …} pair by pair: the whole literal would take a hundred times its size, or be nested without end."""
+    pair = re.compile(r"""[{,]\s*u?('(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")\s*:\s*(\d{1,9})L?\s*""")
+    tokens, ids, position = [], [], 0
+    while match := pair.match(text, position):
+        token = match[1]
+        tokens.append(ast.literal_eval(token) if "\\" in token else token[1:-1])
+        ids.append(int(match[2]))
+        position = match.end()
+    if text[position:].strip() != "}":
+        raise ValueError(f"no pair of token and id at {text[position : position + 20]!r}")
+    return pd.DataFrame({"token": tokens, "id": ids})
 
 
 @dataclass

@@ -47,7 +47,7 @@ def load_data(task: int, record: dict[str, Any], items: data_loader.Vocabulary, 
 def main(hp: Hyperparameters) -> int:
     path = hp.checkpoint or checkpoint.newest(hp.checkpoint_dir)
     print(f"checkpoint: {path}")
-    content = checkpoint.load(path, checkpoint.script_of(1, "tp"))
+    content, _ = checkpoint.load(path)
     device = torch.device(pick_device(hp.device))
     model = checkpoint.build_model(content).to(device)
     items = data_loader.Vocabulary.from_tensor(content["items"])

@@ -9,6 +9,8 @@ import pandas as pd
 from torch import Tensor
 from tqdm import tqdm
 
+from files import whole_file
+from pruning import Reading
 from settings import InputError
 
 SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal to draw a bar on
@@ -18,9 +20,11 @@ SCORES = ("mrr", "hr", "ndcg", "accuracy")  # how the names of scores begin
 class Progress:
     """A bar with loss, steps/s and time left on a terminal; elsewhere a line now and then."""
 
-    def __init__(self, steps: int):
-        self.bar = tqdm(total=steps, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
-        self.steps, self.step = steps, 0
+    def __init__(self, steps: int, step: int):
+        """`step` is where a resumed run goes on, 0 otherwise."""
+        off = not sys.stderr.isatty()
+        self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=off)
+        self.steps, self.first, self.step = steps, step, step
         self.started = self.shown = time.monotonic()
 
     def __enter__(self) -> "Progress":
@@ -32,7 +36,7 @@ class Progress:
         now = time.monotonic()
         # Reading the loss waits for the device, so it is not done at every step.
         if self.bar.disable and now - self.shown >= SECONDS_BETWEEN_LINES:
-            rate = self.step / (now - self.started)
+            rate = (self.step - self.first) / (now - self.started)
             left = tqdm.format_interval((self.steps - self.step) / rate)
             print(f"step {self.step}/{self.steps} loss {loss.item():.4f} {rate:.1f} steps/s {left} left", flush=True)
             self.shown = now
@@ -50,14 +54,27 @@ def result_line(row: dict[str, Any]) -> str:
     return "RESULT " + " ".join(f"{name}={value:{formats.get(name, '')}}" for name, value in row.items())
 
 
-def append_result(path: str, row: dict[str, Any]) -> None:
-    """Adds a row to results.csv, whose columns are all the fields that any of its rows has."""
-    rows = []
-    if os.path.exists(path):
-        try:
-            rows = [pd.read_csv(path, dtype=str, keep_default_na=False)]  # as text, so that no number is rounded again
-        except (ValueError, UnicodeDecodeError):
-            raise InputError(f"{path} is not the table that earlier runs wrote: move it away to go on") from None
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    pd.concat([*rows, pd.DataFrame([row])]).to_csv(f"{path}.tmp", index=False)
-    os.replace(f"{path}.tmp", path)
+class Results:
+    """results.csv: the rows of other stages as they were, and those of this one, of which a resumed run drops none."""
+
+    def __init__(self, path: str, reading: Reading):
+        self.path, self.task = path, reading.task
+        self.own: list[dict[str, Any]] = []
+        self.others = pd.DataFrame()
+        if os.path.exists(path):
+            stages = ("tp", "pruned") if reading.stage == "tp" else ("ret",)
+            try:
+                table = pd.read_csv(path, dtype=str, keep_default_na=False)  # as text, so that no number is rounded
+                own = (table["task"] == str(reading.task)) & table["stage"].isin(stages)
+            except (ValueError, KeyError):
+                raise InputError(f"{path} is not the table that earlier runs wrote: move it away to go on") from None
+            self.others = table[~own]
+
+    def add(self, stage: str, split: str, epoch: float, scores: dict[str, float], seconds: float) -> None:
+        """Prints a RESULT line and writes it to the file; its columns are all the fields that any row has."""
+        row = {"task": self.task, "stage": stage, "split": split, "epoch": epoch, **scores, "seconds": round(seconds, 1)}
+        tqdm.write(result_line(row))
+        self.own.append(row)
+        table = pd.concat([self.others, pd.DataFrame(self.own)])
+        with whole_file(self.path) as file:
+            table.to_csv(file, index=False)

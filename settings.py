@@ -17,6 +17,10 @@ class InputError(Exception):
     """Something the user gave cannot be used; the message says what, where and what to do, in one line."""
 
 
+class NothingToDo(Exception):
+    """What was asked for is done already; the message says so."""
+
+
 # The types of fields, and what their values look like on the command line.
 KINDS = {str: "TEXT", int: "INT", float: "NUMBER", bool: "true|false", tuple[int, ...]: "INT,INT,…"}
 
@@ -26,6 +30,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda v: 0 <= v < 2**63, "a whole number from 0"),
     "batch_size": (lambda v: v >= 1, "at least 1"),
     "epochs": (lambda v: v >= 1, "at least 1"),
+    "snapshot_minutes": (lambda v: 0 <= v < float("inf"), "0 (at evaluations only) or a number of minutes"),
     "eval_every": (lambda v: v >= 0, "0 (once an epoch) or a number of steps"),
     "top_k": (lambda v: v >= 1, "at least 1"),
     "learning_rate": (lambda v: 0 < v < float("inf"), "above 0"),
@@ -107,6 +112,9 @@ def run(main: Callable[[Any], int | None], block: type, about: str) -> NoReturn:
     sys.stdout.reconfigure(line_buffering=True)  # so that a log file or a pipe gets each line when it is printed
     try:
         sys.exit(main(from_command_line(block, about)) or 0)
+    except NothingToDo as done:
+        print(done)
+        sys.exit(0)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -15,7 +15,8 @@ from settings import InputError
 
 CHUNK_BYTES = 16 << 20
 MAX_TOKEN_BYTES = 256  # longer ones are no item ids, and would slow down the comparison of all others
-COMMA, NEWLINE, SPACE = b",\n "
+MAX_LINE_TOKENS = 10_000  # all rows are padded to the longest, so one freak line would take all memory
+COMMA, NEWLINE, TAB, RETURN, SPACE = b",\n\t\r "
 
 
 @dataclass
@@ -117,8 +118,9 @@ def split_lines(chunk: bytes, first_line: int, with_targets: bool, path: str) ->
             chunk.decode()
         except UnicodeDecodeError as error:
             refuse_byte(error.start, "not UTF-8 text")
-    if text.min() == 0:
-        refuse_byte(chunk.index(b"\0"), "a zero byte, so this is no text file")
+    control = (text < SPACE) & (text != NEWLINE) & (text != TAB) & (text != RETURN)
+    if control.any():
+        refuse_byte(int(control.argmax()), "a control character, so this is no text file")
 
     ends = np.flatnonzero((text == COMMA) | (text == NEWLINE))
     starts = np.concatenate([[0], ends[:-1] + 1])
@@ -127,12 +129,18 @@ def split_lines(chunk: bytes, first_line: int, with_targets: bool, path: str) ->
         solid = np.append(np.flatnonzero(text > SPACE), len(text))  # commas included, which bound every token
         starts = np.minimum(solid[np.searchsorted(solid, starts)], ends)
         ends = np.maximum(np.append(-1, solid)[np.searchsorted(solid, ends)] + 1, starts)
+        within = np.flatnonzero((text == TAB) | (text == RETURN))
+        token = np.minimum(np.searchsorted(ends, within, side="right"), len(ends) - 1)
+        if (bad := (starts[token] < within) & (within < ends[token])).any():
+            refuse_byte(int(within[bad.argmax()]), "a tab or carriage return inside a token")
     lengths = ends - starts
     if lengths.max() > MAX_TOKEN_BYTES:
         refuse_byte(int(starts[lengths.argmax()]), f"a token of more than {MAX_TOKEN_BYTES} bytes")
 
     opens_line = np.concatenate([[True], closes_line[:-1]])
     rows = np.cumsum(opens_line) - 1
+    if (longest := np.bincount(rows)).max() > MAX_LINE_TOKENS:
+        refuse(first_line + int(longest.argmax()), f"more than {MAX_LINE_TOKENS:,} tokens")
     lines = first_line + np.arange(rows[-1] + 1)
     # An empty line is its one empty token; a comma at the end of a line leaves one empty token too.
     kept = ~((lengths == 0) & closes_line)

@@ -112,7 +112,7 @@ def test_evaluate_says_when_a_task_was_forgotten(chain, tmp_path, run_here):
     content = load(folder, 4, "ret")
     weight, owner = (content["model"][f"blocks.0.conv1.{part}"] for part in ("weight", "owner"))
     weight[owner == 1] = 0
-    torch.save(content, tmp_path / "ret_t4.pt")
+    checkpoint.save(str(tmp_path / "ret_t4.pt"), content)
     code, output, _ = run_here("evaluate.py", "--checkpoint_dir", str(tmp_path))
     assert code == 1 and "DIFFERS" in output
 
@@ -138,7 +138,7 @@ def test_a_stage_that_only_gets_worse_keeps_what_it_started_from(chain, tmp_path
     folder, _ = chain
     shutil.copytree(folder, tmp_path / "copy")
     script_flags = flags(tmp_path / "copy", 4)
-    code, _, _ = run_here("conure_ret_t4.py", *script_flags, "--learning_rate", "100", "--epochs", "2")
+    code, _, _ = run_here("conure_ret_t4.py", *script_flags, "--learning_rate", "100", "--epochs", "2", "--overwrite")
     assert code == 0
     before, after = load(folder, 4, "tp")["model"], load(tmp_path / "copy", 4, "ret")["model"]
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -75,7 +75,10 @@ def test_later_tasks_give_one_example_for_each_target(tmp_path):
         (",,3\n1,2,,3\n", "line 1: no item before `,,`: ',,3'"),
         ("1,2,,3\n1,2,,3,,4\n", "line 2: an empty item or target besides the `,,`"),
         (b"1,2,,3\n1,\xff,,3\n", "line 2: not UTF-8 text"),
-        (b"1,2,,3\n1,\0,,3\n", "line 2: a zero byte"),
+        (b"1,2,,3\n1,\0,,3\n", "line 2: a control character"),
+        ("1,2,,3\n1\t2\t,,3\n", "line 2: a tab or carriage return inside a token: '1\\t2\\t,,3'"),
+        ("1,2,,3\r1,2,,3\r", "line 1: a tab or carriage return inside a token"),
+        ("1,2,,3\n" + "1," * 10000 + ",3\n", "line 2: more than 10,000 tokens"),
         ("1,,2\n" + "1" * 300 + ",,2\n", "line 2: a token of more than 256 bytes"),
         ("", "is empty"),
         ("\n \n\n", "is empty"),
@@ -99,9 +102,11 @@ def test_task_1_refuses_what_is_no_sequence(tmp_path, content):
 
 def test_the_index_is_written_and_read_back(tmp_path):
     path = str(tmp_path / "index.csv")
-    items = Vocabulary(["<UNK>", 'quo"ted', "NA", "007", "ä"])
+    items = Vocabulary(["<UNK>", 'quo"ted', "NA", "007", "ä", "it's", "back\\slash"])
     items.write(path)
     assert Path(path).read_text().splitlines()[:2] == ["token,id", "<UNK>,0"]
+    assert data_loader.read_index(path).ids == items.ids
+    Path(path).write_text(repr(items.ids))
     assert data_loader.read_index(path).ids == items.ids
     assert Vocabulary.from_tensor(items.to_tensor()).tokens == items.tokens
 

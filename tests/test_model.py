@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import losses
 import pruning
-import training
 from data_loader import LogUniformSampler, TargetSampler, uniform_probabilities
 from nextitnet import CausalConv, NextItNet
 from pruning import Reading
@@ -117,7 +117,7 @@ def test_training_moves_only_what_the_stage_trains(reading):
         pruning.prune(model, 2, [0.7, 0.7])
     before = {name: value.clone() for name, value in model.state_dict().items()}
     adam = torch.optim.Adam(model.train_only(reading), lr=0.1)
-    loss = training.PairLoss(training.bpr, TargetSampler(uniform_probabilities(7)), l2=0.1)
+    loss = losses.PairLoss(losses.bpr, TargetSampler(uniform_probabilities(7)), l2=0.1)
     generator = torch.Generator().manual_seed(1)
     for _ in range(3):
         adam.zero_grad()
@@ -137,7 +137,7 @@ def test_full_softmax_and_ignored_labels():
     model, ids = small_model(), torch.randint(1, 50, (4, 12))
     ids[:, :6] = 7  # padding
     inputs, targets = ids[:, :-1], ids[:, -1]
-    loss = training.NextItemLoss(LogUniformSampler(50, 1.0), ignored_label=7)
+    loss = losses.NextItemLoss(LogUniformSampler(50, 1.0), ignored_label=7)
     scores = model.head(1)(model(inputs, Reading(1, "tp")))
     expected = F.cross_entropy(scores.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=7)
     torch.testing.assert_close(loss(model, Reading(1, "tp"), inputs, targets, None), expected)
@@ -147,5 +147,5 @@ def test_full_softmax_and_ignored_labels():
 
 def test_sampled_softmax_of_all_items_at_equal_counts_is_the_full_softmax():
     head, hidden, labels = small_model().head(1), torch.randn(9, 8), torch.randint(50, (9,))
-    losses = training.sampled_softmax(hidden, labels, head, torch.arange(50), torch.ones(9), torch.ones(50))
-    torch.testing.assert_close(losses, F.cross_entropy(head(hidden), labels, reduction="none"))
+    each = losses.sampled_softmax(hidden, labels, head, torch.arange(50), torch.ones(9), torch.ones(50))
+    torch.testing.assert_close(each, F.cross_entropy(head(hidden), labels, reduction="none"))

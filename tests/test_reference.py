@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 import data_loader
+import losses
 import metrics
 import pruning
-import training
 from nextitnet import LAYER_NORM_EPS, NextItNet
 from pruning import Reading
 
@@ -88,13 +88,13 @@ class Recording:
         ids = self.tensor(f"task{task}/input_ids")
         return ids[:, :-1], ids[:, -1]
 
-    def loss(self, task: int, stage: str) -> training.Loss:
+    def loss(self, task: int, stage: str) -> losses.Loss:
         """The loss that the stage trains, with the recorded negatives in place of drawn ones."""
         if task == 1:
-            return training.NextItemLoss(RecordedNegatives(self, stage), ignored_label=None)
+            return losses.NextItemLoss(RecordedNegatives(self, stage), ignored_label=None)
         negatives = data_loader.TargetSampler(data_loader.uniform_probabilities(self.config["target_sizes"][task - 2]))
         negatives.draw = lambda targets, generator: self.tensor(f"task{task}/negatives").flatten()
-        return training.PairLoss(training.bpr, negatives, float(self.arrays[f"task{task}/l2"]))
+        return losses.PairLoss(losses.bpr, negatives, float(self.arrays[f"task{task}/l2"]))
 
 
 class RecordedNegatives(data_loader.LogUniformSampler):
@@ -153,9 +153,9 @@ def test_task_1_hidden_states_losses_and_predictions(recording):
         own, others = (sampler.expected_count(ids, sampler.draws) for ids in (labels, sampler.ids))
         close(own, recording.tensor(f"{prefix}/true_expected_count"))
         close(others, recording.tensor(f"{prefix}/sampled_expected_count"))
-        losses = training.sampled_softmax(hidden.flatten(0, 1), labels, model.head(1), sampler.ids, own, others)
-        close(losses, recording.tensor(f"{prefix}/loss_per_position"))
-        close(recording.loss(1, stage)(model, reading, inputs, targets, None), losses.mean())
+        each = losses.sampled_softmax(hidden.flatten(0, 1), labels, model.head(1), sampler.ids, own, others)
+        close(each, recording.tensor(f"{prefix}/loss_per_position"))
+        close(recording.loss(1, stage)(model, reading, inputs, targets, None), each.mean())
         scores = model.scores(inputs, reading)
         close(scores.softmax(dim=1), recording.tensor(f"{prefix}/next_item_probs"))
         assert torch.equal(scores.topk(5).indices, recording.tensor(f"{prefix}/top5"))
@@ -174,8 +174,8 @@ def test_later_tasks_hidden_states_scores_and_losses(recording):
         positive = scores.gather(1, targets[:, None])
         negative = scores.gather(1, recording.tensor(f"task{task}/negatives"))
         bpr, penalty = (recording.tensor(f"{prefix}/{name}") for name in ("bpr", "l2_penalty"))
-        close(training.bpr(positive, negative).mean(), bpr)
-        close(training.bce(positive, negative).mean(), recording.tensor(f"{prefix}/bce"))
+        close(losses.bpr(positive, negative).mean(), bpr)
+        close(losses.bce(positive, negative).mean(), recording.tensor(f"{prefix}/bce"))
         assert recording.config["l2"][task - 2] == pytest.approx(float(recording.arrays[f"task{task}/l2"]))
         close(recording.loss(task, reading.stage)(model, reading, inputs, targets, None), bpr + penalty)
 

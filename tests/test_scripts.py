@@ -77,7 +77,7 @@ def test_other_data_or_another_vocabulary_is_refused(run_here, chain, tmp_path):
     assert "other data" in refused(run_here("conure_ret_t1.py", *flags(folder, 1), "--test_fraction", "0.3"))
     with open(folder / "Data" / FILES[2], "a") as file:
         file.write("1,2,3,,clicks0_1\n")
-    assert "run `python conure_tp_t2.py` again" in refused(run_here("conure_ret_t2.py", *flags(folder, 2)))
+    assert "run `python conure_tp_t2.py --overwrite`" in refused(run_here("conure_ret_t2.py", *flags(folder, 2)))
     file_lines = (folder / "Data" / "index.csv").read_text().splitlines()
     with open(folder / "Data" / "index.csv", "a") as file:
         file.write(f"brandnew,{len(file_lines) - 1}\n")

@@ -1,0 +1,55 @@
+"""Files that survive a crash: written whole or not at all; and a folder's lock, which dies with its process."""
+
+import fcntl
+import os
+from contextlib import contextmanager
+from typing import BinaryIO, Iterator
+
+from settings import InputError
+
+
+@contextmanager
+def whole_file(path: str) -> Iterator[BinaryIO]:
+    """A file to write `path` with: beside it, flushed to the disk, and renamed once the block ends well.
+
+    If it does not, `path` is as it was; InputError if the reason is the disk.
+    """
+    temporary = f"{path}.tmp"
+    folder = os.path.dirname(path) or "."
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(temporary, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(folder)
+    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where the disk takes no more
+        reason = error.strerror if isinstance(error, OSError) else "the disk took no more"
+        kept = "what it held before is still there" if os.path.exists(path) else "nothing of it is left behind"
+        raise InputError(f"{path} could not be written ({reason}), {kept}: make room, then run the same command") from error
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def sync_folder(folder: str) -> None:
+    """Makes a rename in `folder` last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock_folder(folder: str) -> BinaryIO:
+    """Locks `folder` for as long as the returned file is open, at most until the process ends, however it ends."""
+    os.makedirs(folder, exist_ok=True)
+    file = open(os.path.join(folder, ".lock"), "a+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"another run is at work in {folder}: wait for its end, or give another --checkpoint_dir"
+        ) from None
+    return file

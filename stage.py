@@ -1,0 +1,164 @@
+"""A stage's place in the chain: what it starts from, whether it is finished, what it leaves behind."""
+
+import os
+from typing import Any
+
+import torch
+
+import checkpoint
+import pruning
+from data_loader import TaskData
+from files import lock_folder
+from nextitnet import NextItNet
+from pruning import Reading
+from settings import InputError, NothingToDo, printable
+
+# What may differ between a run and the one that goes on from its snapshot: of files, digests tell whether they are
+# the same, and the others do not touch the result.
+NOT_IDENTITY = {"data_path", "index_path", "checkpoint_dir", "snapshot_minutes", "overwrite"}
+
+
+class Stage:
+    """One stage of one task in a checkpoint folder, which stays locked until the process ends."""
+
+    def __init__(self, hp: Any, reading: Reading, data: TaskData):
+        """Raises InputError if the stage before is missing or does not fit, NothingToDo if this one is finished."""
+        self.hp, self.reading, self.data = hp, reading, data
+        self.lock = lock_folder(hp.checkpoint_dir)
+        self.path = checkpoint.path_of(hp.checkpoint_dir, *reading)
+        self.snapshot_path = checkpoint.snapshot_of(self.path)
+        self.before: dict[str, Any] | None = None  # the checkpoint that the stage starts from
+        self.tasks, self.lineage, made_from = {}, {}, ""
+        if reading != Reading(1, "tp"):
+            path = checkpoint.path_of(hp.checkpoint_dir, *checkpoint.stage_before(*reading))
+            self.before, made_from = checkpoint.load(path)
+            self.check_fit(path)
+            self.tasks = self.before["tasks"]
+            self.lineage = self.before["lineage"] | {os.path.basename(path): made_from}
+        self.identity = {name: printable(value) for name, value in vars(hp).items() if name not in NOT_IDENTITY}
+        self.identity |= {"data": data.digest, "vocabulary": data.items.digest, "checkpoint before": made_from}
+        if os.path.exists(self.path) and not hp.overwrite:
+            self.refuse_if_finished()
+
+    def check_fit(self, path: str) -> None:
+        """InputError if the checkpoint before, at `path`, has other item ids, or for ret other examples, or no room."""
+        script = checkpoint.script_of(*checkpoint.stage_before(*self.reading))
+        if not torch.equal(self.before["items"], self.data.items.to_tensor()):
+            raise InputError(
+                f"{path} was made with another vocabulary than {self.hp.index_path}: give the right --index_path, or "
+                f"run `python {checkpoint.script_of(1, 'tp')} --overwrite`"
+            )
+        if self.reading.stage == "ret":
+            learned = self.before["tasks"][self.reading.task]
+            if (learned["data_digest"], learned["test_fraction"]) != (self.data.digest, self.hp.test_fraction):
+                raise InputError(
+                    f"{path} was made with other data ({learned['data_path']}, test_fraction "
+                    f"{learned['test_fraction']:g}) than {self.data.path}: give the data and test_fraction that it "
+                    f"had, or run `python {script} --overwrite`"
+                )
+
+    def refuse_if_finished(self) -> None:
+        content, _ = checkpoint.load(self.path)
+        self.refuse_other(self.path, content["identity"])
+        self.remove_snapshot()  # which a kill just before the end may have left
+        raise NothingToDo(f"{self.path} is finished; --overwrite does it over\nnext: python {self.next_command()}")
+
+    def refuse_other(self, path: str, identity: dict[str, str]) -> None:
+        """InputError, naming the fields, if the file at `path` was made otherwise than this run would make it."""
+        differing = [name for name in self.identity if identity.get(name) != self.identity[name]]
+        if differing:
+            digests = ("data", "vocabulary", "checkpoint before")
+            shown = (n if n in digests else f"{n} {identity.get(n)}, now {self.identity[n]}" for n in differing)
+            raise InputError(f"{path} was made with other {'; '.join(shown)}: --overwrite starts the stage over")
+
+    def start_model(self) -> NextItNet:
+        """The model as the stage before left it, with a new head in tp; a new one for the first stage.
+
+        InputError if no weight is left to train.
+        """
+        task, stage = self.reading
+        if self.before is None:
+            positions = self.data.rows.shape[1] if self.hp.positional_embedding else 0
+            items = len(self.data.items)
+            return NextItNet(items, self.hp.channels, self.hp.dilations, self.hp.kernel_size, positions)
+        model = checkpoint.build_model(self.before)
+        if stage == "tp":
+            if not pruning.shares(model).get(pruning.FREE):
+                raise InputError(f"no free weights are left for task {task}: give earlier tasks a higher --prune_ratio")
+            model.add_head(task, len(self.data.target_vocabulary))
+        return model
+
+    def write_snapshot(self, state: dict[str, Any]) -> None:
+        checkpoint.save(self.snapshot_path, {"identity": self.identity, "overwrite": self.hp.overwrite, "state": state})
+
+    def read_snapshot(self) -> dict[str, Any] | None:
+        """The state to go on from; None if there is none, or if it is to be started over.
+
+        InputError if the snapshot is damaged or was made otherwise than this run would make it.
+        """
+        if not os.path.exists(self.snapshot_path):
+            return None
+        try:
+            content, _ = checkpoint.load_file(self.snapshot_path, "--overwrite starts the stage over")
+            self.refuse_other(self.snapshot_path, content["identity"])
+        except InputError:
+            if not self.hp.overwrite:
+                raise
+            content = {"overwrite": False}
+        if self.hp.overwrite and not content["overwrite"]:  # a run with --overwrite goes on only from its own kind
+            self.remove_snapshot()
+            return None
+        return content["state"]
+
+    def remove_snapshot(self) -> None:
+        if os.path.exists(self.snapshot_path):
+            os.remove(self.snapshot_path)
+
+    def write_checkpoint(self, model: NextItNet, facts: dict[str, Any], scores: dict[str, dict]) -> None:
+        """`facts` of the task and `scores` by stage and split go into the task's record. Says what to run next."""
+        task, stage = self.reading
+        record = self.tasks.get(task, {})
+        self.tasks[task] = facts | {
+            "data_path": self.data.path,
+            "data_digest": self.data.digest,
+            "test_fraction": self.hp.test_fraction,
+            "targets": self.data.target_vocabulary.to_tensor(),
+            "target_count": len(self.data.target_vocabulary),
+            "prune_ratio": record.get("prune_ratio") or self.hp.prune_ratio,
+            "state": "pruned" if stage == "tp" else "ret",
+            "results": record.get("results", {}) | scores,
+            "hyperparameters": record.get("hyperparameters", {})
+            | {stage: {name: printable(value) for name, value in vars(self.hp).items()}},
+        }
+        content = {
+            "task": task,
+            "stage": stage,
+            "identity": self.identity,
+            "lineage": self.lineage,
+            "architecture": model.architecture,
+            "model": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
+            "items": self.data.items.to_tensor(),
+            "tasks": self.tasks,
+        }
+        checkpoint.save(self.path, content)
+        self.remove_snapshot()
+        print(f"saved {self.path} ({os.path.getsize(self.path) / 1e6:.1f} MB)")
+        print(f"next: python {self.next_command()}")
+
+    def diverged(self, loss: float, step: int) -> str:
+        """What to say when the loss is not finite."""
+        kept = [path for path in (self.snapshot_path, self.path) if os.path.exists(path)]
+        return (
+            f"the loss is {loss} at step {step} of task {self.reading.task}, stage {self.reading.stage}: start over "
+            f"with --overwrite and a lower --learning_rate ({' and '.join(kept) or 'nothing'} kept as before)"
+        )
+
+    def next_command(self) -> str:
+        task, stage = self.reading
+        script = checkpoint.script_of(task, "ret") if stage == "tp" else checkpoint.script_of(task + 1, "tp")
+        shared = ("checkpoint_dir", "index_path")
+        if not os.path.exists(os.path.join(os.path.dirname(os.path.abspath(__file__)), script)):
+            script, shared = "evaluate.py", shared[:1]
+        default = type(self.hp)()
+        given = {name: getattr(self.hp, name) for name in shared if getattr(self.hp, name) != getattr(default, name)}
+        return " ".join([script, *(f"--{name} {value}" for name, value in given.items())])

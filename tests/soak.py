@@ -1,0 +1,292 @@
+"""Nothing is lost and nothing goes wrong unnoticed, shown the long way: `python tests/soak.py` takes about half an hour.
+
+Prints one line a part, such as `SOAK part=kills tried=50 lost=0`, and exits with 1 if any promise is broken.
+`python tests/soak.py rows memory` runs these parts alone. tests/test_soak.py runs all of them in a short form.
+"""
+
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import pandas as pd
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from conftest import FILES, STAGES, flags, run_script
+
+import checkpoint
+import data_loader
+import ttl_format
+from pruning import Reading
+from settings import InputError
+
+MOVIELENS = ROOT.parent / "shared" / "data" / "ml-1m-half-conure"
+
+
+def command(folder: Path, task: int, stage: str, epochs: int) -> list[str]:
+    """A small stage with many evaluations and, in between, snapshots by the clock."""
+    small = ["--channels", "16", "--dilations", "1,4"] if (task, stage) == (1, "tp") else []
+    often = ["--eval_every", "7", "--snapshot_minutes", "0.002", "--epochs", str(epochs), "--batch_size", "64"]
+    return [sys.executable, str(ROOT / f"conure_{stage}_t{task}.py"), *flags(folder, task), *small, *often]
+
+
+def make_demo(folder: Path, users: int) -> None:
+    run_script("Data/make_demo.py", "--output_dir", str(folder / "Data"), "--users", str(users), "--length", "20")
+
+
+def run_chain(folder: Path, epochs: int = 1) -> None:
+    for task, stage in STAGES:
+        subprocess.run(command(folder, task, stage, epochs), check=True, stdout=subprocess.DEVNULL)
+
+
+def without_times(value: Any) -> Any:
+    """A checkpoint's content less what two runs never share: the clock, the folder, and the digests that follow."""
+    if isinstance(value, dict):
+        names = ("seconds", "data_path", "lineage", "checkpoint before", "hyperparameters")
+        return {name: without_times(part) for name, part in value.items() if name not in names}
+    return value.tolist() if isinstance(value, torch.Tensor) else value
+
+
+def differences(ours: Path, theirs: Path) -> int:
+    """How many checkpoints of two chains differ in a single bit, and rows of their results.csv in anything but time."""
+    count = 0
+    for task, stage in STAGES:
+        paths = (checkpoint.path_of(str(folder / "checkpoints"), task, stage) for folder in (ours, theirs))
+        one, other = (without_times(checkpoint.load(path)[0]) for path in paths)
+        count += one != other
+    tables = [pd.read_csv(folder / "checkpoints" / "results.csv", dtype=str).fillna("") for folder in (ours, theirs)]
+    rows = [table.drop(columns="seconds").to_csv().splitlines() for table in tables]
+    return count + sum(a != b for a, b in zip(*rows)) + abs(len(rows[0]) - len(rows[1]))
+
+
+def kills(folder: Path, tried: int, epochs: int) -> dict[str, int]:
+    """`kill -9` at random moments of all eight stages; then the chain is compared with one that nobody touched."""
+    dice = random.Random(1)
+    make_demo(folder / "whole", users=400)
+    shutil.copytree(folder / "whole", folder / "killed")
+    left = tried
+    for number, (task, stage) in enumerate(STAGES):
+        started = time.monotonic()
+        subprocess.run(command(folder / "whole", task, stage, epochs), check=True, stdout=subprocess.DEVNULL)
+        duration = time.monotonic() - started
+        here = left // (len(STAGES) - number)
+        while here:
+            process = subprocess.Popen(command(folder / "killed", task, stage, epochs), stdout=subprocess.DEVNULL)
+            try:
+                process.wait(timeout=dice.uniform(0.5, 1) * duration)
+                break  # finished before it could be killed; the stages after this one make up for it
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                here, left = here - 1, left - 1
+        subprocess.run(command(folder / "killed", task, stage, epochs), check=True, stdout=subprocess.DEVNULL)
+    leftover = [path for path in (folder / "killed" / "checkpoints").iterdir() if "snapshot" in path.name]
+    return {"tried": tried - left, "lost": differences(folder / "whole", folder / "killed") + len(leftover)}
+
+
+def damage(path: Path, others: list[Path], dice: random.Random) -> None:
+    """Flips a bit, cuts the file short, or puts another stage's file in its place."""
+    content = bytearray(path.read_bytes())
+    kind = dice.randrange(3)
+    if kind == 0:
+        content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+    elif kind == 1:
+        del content[dice.randrange(len(content)) :]
+    else:
+        content = bytearray(dice.choice([other for other in others if other != path]).read_bytes())
+    path.write_bytes(content)
+
+
+def corruption(folder: Path, tried: int) -> dict[str, int]:
+    """Damaged checkpoints and snapshots; a snapshot is left by a stage killed in its middle."""
+    dice = random.Random(2)
+    make_demo(folder, users=300)
+    run_chain(folder)
+    for task, stage in ((1, "tp"), (4, "ret")):
+        snapshot = folder / "checkpoints" / f"{stage}_t{task}.snapshot.pt"
+        process = subprocess.Popen(
+            [*command(folder, task, stage, 1000), "--overwrite"], stdout=subprocess.DEVNULL
+        )
+        while not snapshot.exists():
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    files = sorted((folder / "checkpoints").glob("*.pt"))
+    detected = 0
+    for _ in range(tried):
+        path = dice.choice(files)
+        whole = path.read_bytes()
+        damage(path, files, dice)
+        try:
+            if "snapshot" in path.name:
+                checkpoint.load_file(str(path), "")
+            else:
+                checkpoint.load(str(path))
+        except InputError:
+            detected += 1
+        path.write_bytes(whole)
+    return {"tried": tried, "detected": detected, "loaded": tried - detected}
+
+
+def read_plainly(content: bytes) -> list[tuple[list[str], list[str]]] | int:
+    """A later task's lines as (sequence, targets), token by token; or the number of the first line that is wrong."""
+    lines, wrong = [], []
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        try:
+            text = line.decode().strip(" \t\r")
+        except UnicodeDecodeError:
+            wrong.append(number)
+            continue
+        tokens = [token.strip(" \t\r") for token in text.split(",")]
+        if any(ord(character) < 32 for token in tokens for character in token):
+            wrong.append(number)
+        elif any(len(token.encode()) > ttl_format.MAX_TOKEN_BYTES for token in tokens):
+            wrong.append(number)
+        elif tokens != [""]:
+            tokens = tokens[:-1] if tokens[-1] == "" else tokens
+            middle = tokens.index("") if "" in tokens else 0
+            if not 0 < middle < len(tokens) - 1 or "" in tokens[middle + 1 :]:
+                wrong.append(number)
+            lines.append((tokens[:middle], tokens[middle + 1 :]))
+    return wrong[0] if wrong else lines
+
+
+def rows(folder: Path, tried: int) -> dict[str, int]:
+    """Mutated data files: each is read as a plain parser reads it, or refused with file and line."""
+    dice, wrong = random.Random(3), 0
+    pieces = [b",", b",,", b"\n", b"\r\n", b" ", b"\t", b"0", b"abc", "ä€".encode(), b"\xff", b"\0", b"\x1b", b'"', b"\r",
+              b"\xef\xbb\xbf", b"x" * 300, b"1,2,,3", b"<UNK>", b"longer than eight"]  # fmt: skip
+    path = folder / "rows.csv"
+    for _ in range(tried):
+        content = b"".join(b"1,22,a b,,3,4444444444\n" for _ in range(dice.randrange(12, 20))) + b"5,,6"
+        for _ in range(dice.randrange(1, 4)):
+            start = dice.randrange(len(content))
+            content = content[:start] + dice.choice(pieces) + content[start + dice.choice((0, 0, 1, 5)) :]
+        path.write_bytes(content)
+        expected = read_plainly(content)
+        try:
+            items = data_loader.Vocabulary(["<UNK>"] + sorted({token for line in expected for token in line[0]} - {"<UNK>"}))
+        except TypeError:
+            items = data_loader.Vocabulary()
+        ttl_format.CHUNK_BYTES = dice.choice((40, 1 << 20))
+        try:
+            data = data_loader.load_examples(str(path), 0.2, items)
+            read = []
+            for user, row in enumerate(data.rows[:, :-1]):
+                sequence = [items.tokens[id] for id in row]
+                targets = [data.target_vocabulary.tokens[id] for id in data.targets[data.users == user]]
+                read.append((sequence, targets))
+            width = max(len(line[0]) for line in expected)
+            padding = items.tokens[items.ids.get("0", 0)]
+            right = read == [([padding] * (width - len(line[0])) + line[0], line[1]) for line in expected]
+        except InputError as error:
+            right = isinstance(expected, int) and f"{path}, line " in str(error)
+        wrong += not right
+    ttl_format.CHUNK_BYTES = 16 << 20
+    return {"tried": tried, "wrong": wrong}
+
+
+def disk_full(folder: Path, stages: list[tuple[int, str]]) -> dict[str, int]:
+    """Every stage done over with a limit on the size of files: it says so, and all checkpoints stay what they were."""
+    make_demo(folder, users=300)
+    run_chain(folder)
+    harmed = 0
+    for task, stage in stages:
+        kept = {path: path.read_bytes() for path in (folder / "checkpoints").glob("*.pt")}
+        limit = len(kept[folder / "checkpoints" / f"{stage}_t{task}.pt"]) // 2
+        done = subprocess.run(
+            [*command(folder, task, stage, 1), "--overwrite"],
+            capture_output=True, text=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        )  # fmt: skip
+        told = done.returncode == 2 and "could not be written" in done.stderr and done.stderr.count("\n") == 1
+        now = {path: path.read_bytes() for path in (folder / "checkpoints").glob("*.pt")}
+        checkpoint.load(str(folder / "checkpoints" / f"{stage}_t{task}.pt"))
+        harmed += not told or now != kept
+    return {"tried": len(stages), "harmed": harmed}
+
+
+def forgetting(folder: Path, users: int) -> dict[str, int]:
+    """Four tasks and a fifth, age, made by copying task 4's scripts: what each task puts out, after every stage."""
+    suite = folder / "suite"
+    ignored = shutil.ignore_patterns(".*", "Session", "checkpoints", "tests")
+    shutil.copytree(ROOT, suite, ignore=ignored)
+    for stage in ("tp", "ret"):
+        text = (suite / f"conure_{stage}_t4.py").read_text().replace("gender", "age").replace("Reading(4", "Reading(5")
+        (suite / f"conure_{stage}_t5.py").write_text(text)
+    data, files = folder / "Data", {**FILES, 5: "original_desen_age.csv"}
+    data.mkdir()
+    for name in files.values():
+        lines = (MOVIELENS / name).read_text().splitlines(keepends=True)[:users]
+        (data / name).write_text("".join(lines))
+    learned, compared, changed = {}, 0, 0
+    for task, stage in [*STAGES, (5, "tp"), (5, "ret")]:
+        shape = ["--channels", "32", "--dilations", "1,4"] if (task, stage) == (1, "tp") else []
+        where = [*flags(folder, 4)[2:], "--data_path", str(data / files[task])]
+        script = [sys.executable, str(suite / f"conure_{stage}_t{task}.py"), *where, "--epochs", "2", *shape]
+        subprocess.run(script, check=True, stdout=subprocess.DEVNULL)
+        content, _ = checkpoint.load(checkpoint.path_of(str(folder / "checkpoints"), task, stage))
+        model, items = checkpoint.build_model(content), data_loader.Vocabulary.from_tensor(content["items"])
+        inputs, _ = data_loader.load_examples(str(data / files[4]), 0.5, items).batch(np.arange(200), torch.device("cpu"))
+        for earlier in range(1, task + 1):
+            with torch.no_grad():
+                scores = model.scores(inputs, Reading(earlier, "inference"))
+            if earlier < task:
+                compared += 1
+                changed += not torch.equal(scores, learned[earlier])
+            learned[earlier] = scores
+    return {"compared": compared, "changed": changed}
+
+
+def memory(folder: Path, epochs: int) -> dict[str, int]:
+    """The resident memory of a long run, from the end of its second epoch to its last."""
+    make_demo(folder, users=2000)
+    arguments = ["--channels", "32", "--dilations", "1,4", "--epochs", str(epochs), "--snapshot_minutes", "0.02"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "conure_tp_t1.py"), *flags(folder, 1), *arguments], stdout=subprocess.PIPE, text=True
+    )
+    resident = []
+    for line in process.stdout:
+        if line.startswith("RESULT") and "stage=tp split=validation" in line:
+            pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+            resident.append(pages * os.sysconf("SC_PAGE_SIZE") // 1_000_000)
+    assert process.wait() == 0
+    return {"epochs": epochs, "mb_epoch_2": resident[2], "mb_last": resident[-1], "growth_mb": max(resident[3:]) - resident[2]}
+
+
+PARTS: dict[str, tuple[Callable[..., dict[str, int]], tuple]] = {
+    "kills": (kills, (50, 12)),
+    "corruption": (corruption, (300,)),
+    "rows": (rows, (2000,)),
+    "disk_full": (disk_full, (STAGES,)),
+    "forgetting": (forgetting, (3000,)),
+    "memory": (memory, (40,)),
+}
+# What each part must count none of; memory may waver by this many megabytes.
+BROKEN = ("lost", "loaded", "wrong", "harmed", "changed")
+WAVERING_MB = 8
+
+
+def kept(counts: dict[str, int]) -> bool:
+    """Whether the promise of a part was kept."""
+    return not any(counts.get(name) for name in BROKEN) and counts.get("growth_mb", 0) <= WAVERING_MB
+
+
+if __name__ == "__main__":
+    broken = 0
+    for name in sys.argv[1:] or PARTS:
+        part, arguments = PARTS[name]
+        with tempfile.TemporaryDirectory() as folder:
+            counts = part(Path(folder), *arguments)
+        broken += not kept(counts)
+        print(f"SOAK part={name}", *(f"{key}={value}" for key, value in counts.items()), flush=True)
+    sys.exit(1 if broken else 0)

@@ -1,0 +1,22 @@
+"""The soak's promises in a short form; tests/soak.py runs the long one."""
+
+import pytest
+import soak
+
+SHORT = {
+    "kills": (8, 3),
+    "corruption": (60,),
+    "rows": (300,),
+    "disk_full": (soak.STAGES[2:4],),
+    "forgetting": (300,),
+    "memory": (6,),
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_soak(name, tmp_path):
+    if name == "forgetting" and not soak.MOVIELENS.exists():
+        pytest.skip("the MovieLens data is not in ../shared/data")
+    counts = soak.PARTS[name][0](tmp_path, *SHORT[name])
+    assert soak.kept(counts), counts
+    assert counts.get("tried", 1) > 0 and counts.get("compared", 1) > 0
