@@ -75,6 +75,6 @@ class Results:
         row = {"task": self.task, "stage": stage, "split": split, "epoch": epoch, **scores, "seconds": round(seconds, 1)}
         tqdm.write(result_line(row))
         self.own.append(row)
-        table = pd.concat([self.others, pd.DataFrame(self.own)])
+        table = pd.concat([part for part in (self.others, pd.DataFrame(self.own)) if len(part)])
         with whole_file(self.path) as file:
             table.to_csv(file, index=False)

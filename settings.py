@@ -33,7 +33,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "snapshot_minutes": (lambda v: 0 <= v < float("inf"), "0 (at evaluations only) or a number of minutes"),
     "eval_every": (lambda v: v >= 0, "0 (once an epoch) or a number of steps"),
     "top_k": (lambda v: v >= 1, "at least 1"),
-    "learning_rate": (lambda v: 0 < v < float("inf"), "above 0"),
+    "learning_rate": (lambda v: 0 < v <= 1e30, "above 0"),
     "beta1": (lambda v: 0 <= v < 1, "from 0 to below 1"),
     "test_fraction": (lambda v: 0 < v < 1, "between 0 and 1"),
     "prune_ratio": (lambda v: 0 < v < 1, "between 0 and 1: the share of the free weights that stays free"),
