@@ -16,7 +16,7 @@ from pruning import Reading
 
 @dataclass
 class Hyperparameters:
-    data_path: str = "Data/Session/original_desen_pretrain.csv"  # one user a line: item,item,…
+    data_path: str = "Data/Session/original_desen_pretrain.csv"  # a user a line: item,…
     index_path: str = "Data/Session/index.csv"  # ids of the items; this script writes it
     checkpoint_dir: str = "checkpoints"  # where checkpoints and results.csv are written
     seed: int = 10  # of initial values, shuffling and negatives

@@ -1,4 +1,5 @@
-"""Task 3, train and prune: learns the items that a user likes with the free weights, then keeps the strongest 30 % of them.
+"""Task 3, train and prune: learns the items that a user likes with the free weights, then keeps the strongest 30 % of
+them.
 
 READS  Data/Session/original_desen_finetune_like_nouserID.csv, Data/Session/index.csv,
        checkpoints/ret_t2.pt
@@ -17,7 +18,7 @@ from pruning import Reading
 
 @dataclass
 class Hyperparameters:
-    data_path: str = "Data/Session/original_desen_finetune_like_nouserID.csv"  # one user a line: item,item,…,,target,target
+    data_path: str = "Data/Session/original_desen_finetune_like_nouserID.csv"  # a user a line: item,…,,target,…
     index_path: str = "Data/Session/index.csv"  # ids of the items; conure_tp_t1.py writes it
     checkpoint_dir: str = "checkpoints"  # checkpoints and results.csv, read and written
     seed: int = 10  # of initial values, shuffling and negatives

@@ -17,7 +17,7 @@ from pruning import Reading
 
 @dataclass
 class Hyperparameters:
-    data_path: str = "Data/Session/original_desen_gender.csv"  # one user a line: item,item,…,,class
+    data_path: str = "Data/Session/original_desen_gender.csv"  # a user a line: item,…,,class
     index_path: str = "Data/Session/index.csv"  # ids of the items; conure_tp_t1.py writes it
     checkpoint_dir: str = "checkpoints"  # checkpoints and results.csv, read and written
     seed: int = 10  # of initial values, shuffling and negatives

@@ -94,7 +94,7 @@ def _parse_csv(text: str) -> pd.DataFrame:
 
 
 def _parse_literal(text: str) -> pd.DataFrame:
-    """{'token': id, …} pair by pair: the whole literal would take a hundred times its size, or be nested without end."""
+    """{'token': id, …} pair by pair: as a whole it would take a hundred times its size, or be nested without end."""
     pair = re.compile(r"""[{,]\s*u?('(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")\s*:\s*(\d{1,9})L?\s*""")
     tokens, ids, position = [], [], 0
     while match := pair.match(text, position):
@@ -177,7 +177,7 @@ def load_sequences(path: str, test_fraction: float, items: Vocabulary | None = N
 def load_examples(
     path: str, test_fraction: float, items: Vocabulary, target_vocabulary: Vocabulary | None = None
 ) -> TaskData:
-    """The data of a later task. Without `target_vocabulary` it is made of the file's targets, held-out ones included."""
+    """A later task's data. Without `target_vocabulary` it is made of the file's targets, held-out ones included."""
     target_vocabulary, fixed = target_vocabulary or Vocabulary(), target_vocabulary is not None
     digest = hashlib.sha256()
     parts, targets, users, row_count, unknown_items, unknown_targets = [], [], [], 0, 0, 0

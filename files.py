@@ -2,8 +2,9 @@
 
 import fcntl
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO, Iterator
+from typing import BinaryIO
 
 from settings import InputError
 
@@ -27,7 +28,9 @@ def whole_file(path: str) -> Iterator[BinaryIO]:
     except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where the disk takes no more
         reason = error.strerror if isinstance(error, OSError) else "the disk took no more"
         kept = "what it held before is still there" if os.path.exists(path) else "nothing of it is left behind"
-        raise InputError(f"{path} could not be written ({reason}), {kept}: make room, then run the same command") from error
+        raise InputError(
+            f"{path} could not be written ({reason}), {kept}: make room, then run the same command"
+        ) from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)

@@ -1,6 +1,6 @@
 """The losses of task 1 and of the tasks after it, each a callable that draws its own negatives."""
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F

@@ -4,7 +4,7 @@ Backbone: Yuan et al., "A Simple Convolutional Generative Network for Next Item 
 block (b); heads: the Conure paper, section 3.2. Activations are (batch, time, channels) throughout.
 """
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F

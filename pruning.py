@@ -4,7 +4,8 @@ Every conv layer carries a uint8 map of the weight's own shape: 0 = free, k = ow
 values, so the next task starts from them. Paper: section 3.3 (pruning), 3.4 (retraining), figure 2.
 """
 
-from typing import Iterator, NamedTuple, Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch

@@ -72,7 +72,14 @@ class Results:
 
     def add(self, stage: str, split: str, epoch: float, scores: dict[str, float], seconds: float) -> None:
         """Prints a RESULT line and writes it to the file; its columns are all the fields that any row has."""
-        row = {"task": self.task, "stage": stage, "split": split, "epoch": epoch, **scores, "seconds": round(seconds, 1)}
+        row = {
+            "task": self.task,
+            "stage": stage,
+            "split": split,
+            "epoch": epoch,
+            **scores,
+            "seconds": round(seconds, 1),
+        }
         tqdm.write(result_line(row))
         self.own.append(row)
         table = pd.concat([part for part in (self.others, pd.DataFrame(self.own)) if len(part)])

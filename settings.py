@@ -10,7 +10,8 @@ import inspect
 import re
 import signal
 import sys
-from typing import Any, Callable, NoReturn, get_type_hints
+from collections.abc import Callable
+from typing import Any, NoReturn, get_type_hints
 
 
 class InputError(Exception):
@@ -42,6 +43,9 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "kernel_size": (lambda v: v >= 1, "at least 1"),
     "negative_fraction": (lambda v: 0 < v <= 1, "above 0 and at most 1: a share of all items"),
     "split": (lambda v: v in ("test", "validation", "heldout"), "test, validation or heldout"),
+    "length": (lambda v: v >= 2, "at least 2"),
+    "users": (lambda v: v >= 1, "at least 1"),
+    "history": (lambda v: 0 < v < 1, "between 0 and 1"),
     "rho": (lambda v: 0 < v < float("inf"), "above 0"),
     "l2": (lambda v: 0 <= v < float("inf"), "0 or more"),
 }

@@ -41,7 +41,7 @@ class Stage:
             self.refuse_if_finished()
 
     def check_fit(self, path: str) -> None:
-        """InputError if the checkpoint before, at `path`, has other item ids, or for ret other examples, or no room."""
+        """InputError if the checkpoint before, at `path`, has other item ids, or, for ret, other examples."""
         script = checkpoint.script_of(*checkpoint.stage_before(*self.reading))
         if not torch.equal(self.before["items"], self.data.items.to_tensor()):
             raise InputError(

@@ -5,8 +5,8 @@ or white space at its ends. A byte-order mark, Windows line ends, a comma at the
 missing last newline change nothing.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Callable, Iterator
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,7 @@ COMMA, NEWLINE, TAB, RETURN, SPACE = b",\n\t\r "
 
 @dataclass
 class Lines:
-    """Some lines of a file, without the empty ones, split into tokens; the arrays run over the tokens, in file order."""
+    """Lines of a file that are not empty, split into tokens; the arrays run over the tokens, in file order."""
 
     text: np.ndarray  # (bytes,) uint8
     starts: np.ndarray

@@ -15,11 +15,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import settings
+from Data.task_files import write_task_files
 
 COLUMNS = ["user", "movie", "rating", "time"]
 
@@ -52,49 +52,37 @@ def read_ratings(folder: Path) -> pd.DataFrame:
     return ratings.sort_values(["user", "time", "movie"])
 
 
-def write(path: Path, lines: list[str]) -> None:
-    path.write_text("".join(f"{line}\n" for line in lines))
-    print(f"wrote {path}: {len(lines):,} lines")
-
-
 def main(hp: Hyperparameters) -> None:
-    source, target = Path(hp.movielens_dir), Path(hp.output_dir)
-    kinds = ("pretrain", "finetune_click_nouserID", "finetune_like_nouserID", "gender", "age")
-    paths = {kind: target / f"original_desen_{kind}.csv" for kind in kinds}
-    there = [str(path) for path in paths.values() if path.exists()]
-    if there and not hp.overwrite:
-        raise settings.InputError(f"{there[0]} is there already: give --overwrite to replace it, or another --output_dir")
+    source = Path(hp.movielens_dir)
     ratings = read_ratings(source)
-    target.mkdir(parents=True, exist_ok=True)
-
     by_user = ratings.groupby("user", sort=False)
     position = by_user.cumcount()
     kept = (by_user["movie"].transform("size") * hp.history).astype(int)
     history = ratings[(position < kept) & (position >= kept - hp.length)].groupby("user", sort=False)["movie"]
     later = ratings[position >= kept]
     sequences = {
-        user: ",".join(["0"] * (hp.length - len(movies)) + [str(movie) for movie in movies])
-        for user, movies in history
+        user: ",".join(["0"] * (hp.length - len(movies)) + [str(movie) for movie in movies]) for user, movies in history
     }
-    write(paths["pretrain"], list(sequences.values()))
+    files = {"pretrain": list(sequences.values())}
     rating = later["rating"]
     for kind, chosen in (
         ("finetune_click_nouserID", (rating >= hp.click_rating) & (rating < hp.like_rating)),
         ("finetune_like_nouserID", rating >= hp.like_rating),
     ):
         targets = later[chosen].groupby("user", sort=False)["movie"]
-        rows = [f"{sequences[user]},,{','.join(map(str, movies))}" for user, movies in targets if user in sequences]
-        write(paths[kind], rows)
+        files[kind] = [
+            f"{sequences[user]},,{','.join(map(str, movies))}" for user, movies in targets if user in sequences
+        ]
 
     if users_path := find(source, "users.dat"):
         users = pd.read_csv(users_path, sep=":", header=None, usecols=[0, 2, 4], index_col=0, encoding="latin-1")
         users = users.loc[list(sequences)]
         gender = users[2].map({"M": 1, "F": 2})
-        write(paths["gender"], [f"{sequences[user]},,{value}" for user, value in gender.items()])
-        write(paths["age"], [f"{sequences[user]},,{value}" for user, value in users[4].items()])
+        for kind, values in (("gender", gender), ("age", users[4])):
+            files[kind] = [f"{sequences[user]},,{value}" for user, value in values.items()]
     else:
         print(f"{source} has no users.dat: no files for gender and age, so no task 4")
-    print("next: python conure_tp_t1.py")
+    write_task_files(hp.output_dir, files, hp.overwrite)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Makes a small data set with hidden tastes, in the format and under the file names of the real one.
 
 Every item belongs to a taste, every user has a favourite and a second one. A sequence follows the series that the
-items of a taste form, or jumps to a popular item of one of the two tastes; clicks and likes are other things of the same
-tastes; gender goes with the favourite taste nine times out of ten. So the sequence tells more than popularity does,
-and what task 1 learns about it helps the tasks after it.
+items of a taste form, or jumps to a popular item of one of the two tastes; clicks and likes are other things of the
+same tastes; gender goes with the favourite taste nine times out of ten. So the sequence tells more than popularity
+does, and what task 1 learns about it helps the tasks after it.
 
 WRITES original_desen_pretrain.csv, original_desen_finetune_click_nouserID.csv,
        original_desen_finetune_like_nouserID.csv, original_desen_gender.csv
@@ -18,6 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import settings
+from Data.task_files import write_task_files
 
 
 @dataclass
@@ -66,12 +67,7 @@ def targets(random: np.random.Generator, tastes: np.ndarray, kind: str, most: in
 
 
 def main(hp: Hyperparameters) -> None:
-    folder = Path(hp.output_dir)
     files = {"pretrain": [], "finetune_click_nouserID": [], "finetune_like_nouserID": [], "gender": []}
-    paths = {kind: folder / f"original_desen_{kind}.csv" for kind in files}
-    there = [str(path) for path in paths.values() if path.exists()]
-    if there and not hp.overwrite:
-        raise settings.InputError(f"{there[0]} is there already: give --overwrite to replace it, or another --output_dir")
     random = np.random.default_rng(hp.seed)
     for _ in range(hp.users):
         tastes = random.permutation(TASTES)[:2]
@@ -83,11 +79,7 @@ def main(hp: Hyperparameters) -> None:
             files["finetune_like_nouserID"].append(f"{line},,{','.join(targets(random, tastes, 'likes', 3))}")
         faithful = random.random() < FAITHFUL
         files["gender"].append(f"{line},,{1 if (tastes[0] < TASTES // 2) == faithful else 2}")
-    folder.mkdir(parents=True, exist_ok=True)
-    for kind, lines in files.items():
-        paths[kind].write_text("".join(f"{line}\n" for line in lines))
-        print(f"wrote {paths[kind]}: {len(lines):,} lines")
-    print("next: python conure_tp_t1.py")
+    write_task_files(hp.output_dir, files, hp.overwrite)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,9 @@ def chain(demo) -> tuple[Path, dict[tuple[int, str], str]]:
     }
     printed = {}
     for task, stage in STAGES:
-        later = ["--epochs", "6", "--batch_size", "128", "--learning_rate", "1e-3"] + (["--rho", "1"] if task < 4 else [])
+        later = ["--epochs", "6", "--batch_size", "128", "--learning_rate", "1e-3"] + (
+            ["--rho", "1"] if task < 4 else []
+        )
         arguments = settings.get((task, stage), later)
         printed[task, stage] = run_script(f"conure_{stage}_t{task}.py", *flags(demo, task), *arguments)
     return demo, printed

@@ -1,4 +1,4 @@
-"""Nothing is lost and nothing goes wrong unnoticed, shown the long way: `python tests/soak.py` takes about half an hour.
+"""Nothing is lost and nothing goes wrong unnoticed, shown the long way: `python tests/soak.py`.
 
 Prints one line a part, such as `SOAK part=kills tried=50 lost=0`, and exits with 1 if any promise is broken.
 `python tests/soak.py rows memory` runs these parts alone. tests/test_soak.py runs all of them in a short form.
@@ -12,8 +12,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -113,9 +114,7 @@ def corruption(folder: Path, tried: int) -> dict[str, int]:
     run_chain(folder)
     for task, stage in ((1, "tp"), (4, "ret")):
         snapshot = folder / "checkpoints" / f"{stage}_t{task}.snapshot.pt"
-        process = subprocess.Popen(
-            [*command(folder, task, stage, 1000), "--overwrite"], stdout=subprocess.DEVNULL
-        )
+        process = subprocess.Popen([*command(folder, task, stage, 1000), "--overwrite"], stdout=subprocess.DEVNULL)
         while not snapshot.exists():
             time.sleep(0.01)
         process.kill()
@@ -163,8 +162,8 @@ def read_plainly(content: bytes) -> list[tuple[list[str], list[str]]] | int:
 def rows(folder: Path, tried: int) -> dict[str, int]:
     """Mutated data files: each is read as a plain parser reads it, or refused with file and line."""
     dice, wrong = random.Random(3), 0
-    pieces = [b",", b",,", b"\n", b"\r\n", b" ", b"\t", b"0", b"abc", "ä€".encode(), b"\xff", b"\0", b"\x1b", b'"', b"\r",
-              b"\xef\xbb\xbf", b"x" * 300, b"1,2,,3", b"<UNK>", b"longer than eight"]  # fmt: skip
+    pieces = [b",", b",,", b"\n", b"\r\n", b" ", b"\t", b"0", b"abc", "ä€".encode(), b"\xff", b"\0", b"\x1b", b'"',
+              b"\r", b"\xef\xbb\xbf", b"x" * 300, b"1,2,,3", b"<UNK>", b"longer than eight"]  # fmt: skip
     path = folder / "rows.csv"
     for _ in range(tried):
         content = b"".join(b"1,22,a b,,3,4444444444\n" for _ in range(dice.randrange(12, 20))) + b"5,,6"
@@ -174,7 +173,9 @@ def rows(folder: Path, tried: int) -> dict[str, int]:
         path.write_bytes(content)
         expected = read_plainly(content)
         try:
-            items = data_loader.Vocabulary(["<UNK>"] + sorted({token for line in expected for token in line[0]} - {"<UNK>"}))
+            items = data_loader.Vocabulary(
+                ["<UNK>"] + sorted({token for line in expected for token in line[0]} - {"<UNK>"})
+            )
         except TypeError:
             items = data_loader.Vocabulary()
         ttl_format.CHUNK_BYTES = dice.choice((40, 1 << 20))
@@ -236,7 +237,9 @@ def forgetting(folder: Path, users: int) -> dict[str, int]:
         subprocess.run(script, check=True, stdout=subprocess.DEVNULL)
         content, _ = checkpoint.load(checkpoint.path_of(str(folder / "checkpoints"), task, stage))
         model, items = checkpoint.build_model(content), data_loader.Vocabulary.from_tensor(content["items"])
-        inputs, _ = data_loader.load_examples(str(data / files[4]), 0.5, items).batch(np.arange(200), torch.device("cpu"))
+        inputs, _ = data_loader.load_examples(str(data / files[4]), 0.5, items).batch(
+            np.arange(200), torch.device("cpu")
+        )
         for earlier in range(1, task + 1):
             with torch.no_grad():
                 scores = model.scores(inputs, Reading(earlier, "inference"))
@@ -252,7 +255,9 @@ def memory(folder: Path, epochs: int) -> dict[str, int]:
     make_demo(folder, users=2000)
     arguments = ["--channels", "32", "--dilations", "1,4", "--epochs", str(epochs), "--snapshot_minutes", "0.02"]
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "conure_tp_t1.py"), *flags(folder, 1), *arguments], stdout=subprocess.PIPE, text=True
+        [sys.executable, str(ROOT / "conure_tp_t1.py"), *flags(folder, 1), *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     resident = []
     for line in process.stdout:
@@ -260,7 +265,12 @@ def memory(folder: Path, epochs: int) -> dict[str, int]:
             pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
             resident.append(pages * os.sysconf("SC_PAGE_SIZE") // 1_000_000)
     assert process.wait() == 0
-    return {"epochs": epochs, "mb_epoch_2": resident[2], "mb_last": resident[-1], "growth_mb": max(resident[3:]) - resident[2]}
+    return {
+        "epochs": epochs,
+        "mb_epoch_2": resident[2],
+        "mb_last": resident[-1],
+        "growth_mb": max(resident[3:]) - resident[2],
+    }
 
 
 PARTS: dict[str, tuple[Callable[..., dict[str, int]], tuple]] = {

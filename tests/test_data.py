@@ -114,7 +114,8 @@ def test_the_index_is_written_and_read_back(tmp_path):
 @pytest.mark.parametrize(
     "content",
     ["{'<UNK>': 0, 'a': 2}", "{'<UNK>': 0, 'a': __import__('os').system('true')}", "{'a': 0}", "{1: 0}", "{'<UNK>': 0",
-     "token,id\n<UNK>,0\na,2\n", "token,id\n<UNK>,0\na,1\na,2\n", "token,id\n<UNK>,zero\n", "what,ever\n1,2\n", "", "{" * 9999],
+     "token,id\n<UNK>,0\na,2\n", "token,id\n<UNK>,0\na,1\na,2\n", "token,id\n<UNK>,zero\n", "what,ever\n1,2\n", "",
+     "{" * 9999],
 )  # fmt: skip
 def test_what_is_no_index_is_refused(tmp_path, content):
     path = tmp_path / "index.csv"

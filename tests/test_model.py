@@ -92,7 +92,8 @@ def test_pruning_takes_the_largest_free_weights_and_no_more():
 
 
 @pytest.mark.parametrize(
-    "size, earlier, ratio, count", [(768, [], 0.7, 231), (768, [0.7], 0.7, 162), (768, [0.7, 0.7], 0.7, 113), (10, [], 0.5, 6)]
+    "size, earlier, ratio, count",
+    [(768, [], 0.7, 231), (768, [0.7], 0.7, 162), (768, [0.7, 0.7], 0.7, 113), (10, [], 0.5, 6)],
 )
 def test_keep_count(size, earlier, ratio, count):
     assert pruning.keep_count(size, earlier, ratio) == count
