@@ -119,11 +119,8 @@ def run(main: Callable[[Any], int | None], block: type, about: str) -> NoReturn:
     except NothingToDo as done:
         print(done)
         sys.exit(0)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
