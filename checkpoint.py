@@ -20,13 +20,14 @@ import platform
 import re
 from typing import Any, BinaryIO
 
+from settings import InputError  # isort: skip (before torch, whose threads it tells how to wait)
+
 import numpy as np
 import pandas as pd
 import torch
 
 from files import whole_file
 from nextitnet import NextItNet
-from settings import InputError
 
 FORMAT = 1
 NAME = r"(tp|ret)_t([1-9]\d*)\.(snapshot\.)?pt"  # of a checkpoint or a snapshot; copies may be called anything else
@@ -138,10 +139,12 @@ def load(path: str) -> tuple[dict[str, Any], str]:
     checkpoint in the same folder that has been replaced since.
     """
     stage = stage_of(path)
-    script = script_of(*stage) if stage else "the script that writes it"
+    script = f"run `python {script_of(*stage)}" if stage else None
     if not os.path.exists(path):
-        raise InputError(f"{path} does not exist: run `python {script}` first, which writes it")
-    content, digest = load_file(path, f"run `python {script} --overwrite`")
+        raise InputError(
+            f"{path} does not exist: " + (f"{script}` first, which writes it" if stage else "name one that does")
+        )
+    content, digest = load_file(path, f"{script} --overwrite`" if stage else "name another one")
     for name, expected in content["lineage"].items():
         ancestor = os.path.join(os.path.dirname(path), name)
         if os.path.exists(ancestor):

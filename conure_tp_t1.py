@@ -42,10 +42,10 @@ class Hyperparameters:
 def main(hp: Hyperparameters) -> None:
     data = data_loader.load_sequences(hp.data_path, hp.test_fraction)
     run = training.Run(hp, Reading(1, "tp"), data)
+    data.items.write(hp.index_path)
     negatives = data_loader.LogUniformSampler(len(data.items), hp.negative_fraction)
     run.train(losses.NextItemLoss(negatives, None if hp.padding_in_loss else data.padding_id))
     run.prune()
-    data.items.write(hp.index_path)
     run.save()
 
 

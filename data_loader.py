@@ -12,13 +12,14 @@ import os
 import re
 from dataclasses import dataclass
 
+from settings import InputError  # isort: skip (before torch, whose threads it tells how to wait)
+
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
 from files import whole_file
-from settings import InputError
 from ttl_format import read_lines
 
 UNKNOWN = "<UNK>"  # id 0
@@ -81,8 +82,8 @@ def read_index(path: str) -> Vocabulary:
         tokens = index["token"].tolist()
         if not np.array_equal(index["id"], np.arange(len(tokens))) or tokens[:1] != [UNKNOWN]:
             raise ValueError(f"its ids must be 0, 1, 2, … and 0 be {UNKNOWN}")
-        if len(set(tokens)) < len(tokens):
-            raise ValueError("its tokens must differ from each other")
+        if len(set(tokens)) < len(tokens) or any("\n" in token for token in tokens):
+            raise ValueError("its tokens must differ from each other and have no line ends")
     except (ValueError, KeyError, SyntaxError) as error:
         reason = str(error).splitlines()[0][:120]
         raise InputError(f"{path} is no item index ({reason}): {again}") from None
@@ -123,7 +124,7 @@ class TaskData:
     items: Vocabulary
     target_vocabulary: Vocabulary  # of the targets; `items` itself for task 1
     padding_id: int
-    unknown_items: int  # item tokens of the file that are not in `items`
+    unknown_items: int  # places in the sequences, padding included, whose token is not in `items`
     unknown_targets: int
     splits: dict[str, np.ndarray]  # of example numbers: train, validation, test, and heldout = the last two
 
@@ -138,8 +139,8 @@ class TaskData:
         splits = ", ".join(f"{len(self.splits[name]):,} {name}" for name in ("train", "validation", "test"))
         lines = [
             self.path,
-            f"{len(self.rows):,} rows of {self.rows.shape[1]}; {len(self.items):,} items; "
-            f"{len(self.target_vocabulary):,} targets",
+            f"{len(self.rows):,} rows of {self.rows.shape[1]}; {len(self.items):,} item ids; "
+            f"{len(self.target_vocabulary):,} target ids",
             f"{len(self.targets):,} examples: {splits}",
         ]
         if self.unknown_items or self.unknown_targets:
@@ -151,10 +152,9 @@ def load_sequences(path: str, test_fraction: float, items: Vocabulary | None = N
     """Task 1's data. Without `items` the vocabulary is made of the file's own tokens, held-out rows included."""
     items, fixed = items or Vocabulary(), items is not None
     digest = hashlib.sha256()
-    parts, unknown = [], 0
+    parts = []
     for lines in read_lines(path, False, digest):
         ids = lines.encode(lines.is_source, items.look_up if fixed else items.grow)
-        unknown += int((ids == 0).sum()) if fixed else 0
         parts.append(lines.pad(ids))
     rows = _join(parts, items, fixed)
     if rows.shape[1] < 2:
@@ -168,7 +168,7 @@ def load_sequences(path: str, test_fraction: float, items: Vocabulary | None = N
         items=items,
         target_vocabulary=items,
         padding_id=items.ids.get(PADDING, -1),
-        unknown_items=unknown,
+        unknown_items=int((rows == 0).sum()),
         unknown_targets=0,
         splits=_split(len(rows), test_fraction, path),
     )
@@ -180,13 +180,10 @@ def load_examples(
     """A later task's data. Without `target_vocabulary` it is made of the file's targets, held-out ones included."""
     target_vocabulary, fixed = target_vocabulary or Vocabulary(), target_vocabulary is not None
     digest = hashlib.sha256()
-    parts, targets, users, row_count, unknown_items, unknown_targets = [], [], [], 0, 0, 0
+    parts, targets, users, row_count = [], [], [], 0
     for lines in read_lines(path, True, digest):
-        ids = lines.encode(lines.is_source, items.look_up)
-        unknown_items += int((ids == 0).sum())
-        parts.append(lines.pad(ids))
+        parts.append(lines.pad(lines.encode(lines.is_source, items.look_up)))
         targets.append(lines.encode(~lines.is_source, target_vocabulary.look_up if fixed else target_vocabulary.grow))
-        unknown_targets += int((targets[-1] == 0).sum())
         users.append((row_count + lines.rows[~lines.is_source]).astype(np.int32))
         row_count += len(parts[-1])
     rows = _join(parts, items, fixed=True)
@@ -202,8 +199,8 @@ def load_examples(
         items=items,
         target_vocabulary=target_vocabulary,
         padding_id=items.ids.get(PADDING, -1),
-        unknown_items=unknown_items,
-        unknown_targets=unknown_targets,
+        unknown_items=int((rows == 0).sum()),
+        unknown_targets=int((targets == 0).sum()),
         splits=_split(len(targets), test_fraction, path),
     )
 
@@ -268,7 +265,7 @@ class LogUniformSampler:
 
 
 class TargetSampler:
-    """One negative for each positive target, drawn from fixed probabilities and never the positive itself."""
+    """One negative for each positive target, drawn from the probabilities of all others."""
 
     def __init__(self, probabilities: np.ndarray):
         """`probabilities` (targets - 1,): entry i belongs to target id i + 1; `<UNK>` is never drawn."""
@@ -294,7 +291,7 @@ def static_probabilities(targets: np.ndarray, size: int, rho: float) -> np.ndarr
     frequency = np.bincount(targets, minlength=size)[1:]
     rank = np.empty(size - 1)
     rank[np.argsort(-frequency, kind="stable")] = np.arange(size - 1)
-    weight = np.exp(-(rank + 1) / (size * rho))
+    weight = np.exp(-rank / (size * rho))  # the + 1 of the formula cancels out, and could make all of them 0
     return weight / weight.sum()
 
 

@@ -9,8 +9,6 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 import checkpoint
 import data_loader
 import metrics
@@ -48,15 +46,14 @@ def main(hp: Hyperparameters) -> int:
     path = hp.checkpoint or checkpoint.newest(hp.checkpoint_dir)
     print(f"checkpoint: {path}")
     content, _ = checkpoint.load(path)
-    device = torch.device(pick_device(hp.device))
+    device = pick_device(hp.device)
     model = checkpoint.build_model(content).to(device)
     items = data_loader.Vocabulary.from_tensor(content["items"])
     changed = 0
     for task, record in sorted(content["tasks"].items()):
         data = load_data(task, record, items, hp.data_dir)
-        scores = metrics.evaluate(
-            model, data, hp.split, Reading(task, "inference"), record["metric"], record["top_k"], device
-        )
+        reading = Reading(task, "inference")
+        scores = metrics.evaluate(model, data, reading, record["metric"], record["top_k"], device)[hp.split]
         recorded = record["results"][record["state"]][hp.split]
         same = scores == recorded
         changed += not same

@@ -6,7 +6,7 @@ cd "$(dirname "$0")"
 requirements=$1
 
 supported='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
-if ! .venv/bin/python -c "$supported" 2>/dev/null; then
+if ! .venv/bin/python -c "import pip; $supported" 2>/dev/null; then  # a half-made one has no pip
     for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
         "$candidate" -c "$supported" 2>/dev/null && found=$candidate && break
     done

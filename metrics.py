@@ -28,7 +28,9 @@ def rank_examples(
     ranks = []
     for start in range(0, len(examples), EVALUATION_BATCH):
         inputs, targets = data.batch(examples[start : start + EVALUATION_BATCH], device)
-        ranks.append(target_ranks(model.scores(inputs, reading), targets).cpu().numpy())
+        scores = model.scores(inputs, reading)
+        scores[:, 0] = -torch.inf  # <UNK> is no item and no class, and nobody's target
+        ranks.append(target_ranks(scores, targets).cpu().numpy())
     return np.concatenate(ranks)
 
 
@@ -58,9 +60,14 @@ def accuracy_scores(ranks: np.ndarray, k: int) -> dict[str, float]:
 METRICS = {"ranking": ranking_scores, "accuracy": accuracy_scores}
 
 
-def evaluate(
-    model: NextItNet, data: TaskData, split: str, reading: Reading, metric: str, k: int, device: torch.device
-) -> dict[str, float]:
-    """The scores of `METRICS[metric]` over every example of a split, and their number `n`."""
-    ranks = rank_examples(model, data, data.splits[split], reading, device)
+def score(ranks: np.ndarray, metric: str, k: int) -> dict[str, float]:
     return {**METRICS[metric](ranks, k), "n": len(ranks)}
+
+
+def evaluate(
+    model: NextItNet, data: TaskData, reading: Reading, metric: str, k: int, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """For each held-out split (validation, test, and heldout: both) its `METRICS[metric]` and number of rows `n`."""
+    ranks = {split: rank_examples(model, data, data.splits[split], reading, device) for split in ("validation", "test")}
+    ranks["heldout"] = np.concatenate(list(ranks.values()))
+    return {split: score(each, metric, k) for split, each in ranks.items()}

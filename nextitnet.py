@@ -55,7 +55,7 @@ class ResidualBlock(nn.Module):
 class NextItNet(nn.Module):
     """Item ids (B, T) → hidden states (B, T, C) → scores over the items or classes of one task.
 
-    `positions` is the number of learned position vectors, 0 for none; inputs longer than that repeat the last one.
+    `positions` is the number of learned position vectors, 0 for none; inputs longer than that repeat the first one.
     """
 
     def __init__(self, items: int, channels: int, dilations: Sequence[int], kernel_size: int, positions: int = 0):
@@ -88,8 +88,9 @@ class NextItNet(nn.Module):
     def forward(self, ids: Tensor, reading: Reading) -> Tensor:
         x = self.embedding(ids)  # (B, T, C)
         if self.position is not None:
-            order = torch.arange(ids.shape[1], device=ids.device)
-            x = x + self.position(order.clamp(max=self.position.num_embeddings - 1))
+            # Counted from the right, because padding is on the left.
+            order = torch.arange(ids.shape[1], device=ids.device) - ids.shape[1] + self.position.num_embeddings
+            x = x + self.position(order.clamp(min=0))
         for block in self.blocks:
             x = block(x, reading)
         return x

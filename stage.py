@@ -1,6 +1,7 @@
 """A stage's place in the chain: what it starts from, whether it is finished, what it leaves behind."""
 
 import os
+import shlex
 from typing import Any
 
 import torch
@@ -161,4 +162,4 @@ class Stage:
             script, shared = "evaluate.py", shared[:1]
         default = type(self.hp)()
         given = {name: getattr(self.hp, name) for name in shared if getattr(self.hp, name) != getattr(default, name)}
-        return " ".join([script, *(f"--{name} {value}" for name, value in given.items())])
+        return " ".join([script, *(f"--{name} {shlex.quote(value)}" for name, value in given.items())])

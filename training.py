@@ -40,7 +40,7 @@ class Run:
     def __init__(self, hp: Any, reading: Reading, data: TaskData, metric: str = "ranking"):
         """`hp` is the script's hyperparameter block; goes on from a snapshot if there is one. Raises as Stage does."""
         self.hp, self.reading, self.data, self.metric = hp, reading, data, metric
-        self.device = torch.device(pick_device(hp.device))
+        self.device = pick_device(hp.device)
         self.stage = Stage(hp, reading, data)
         torch.manual_seed(hp.seed)
         self.model = self.stage.start_model().to(self.device)
@@ -49,6 +49,7 @@ class Run:
         self.generator = torch.Generator().manual_seed(hp.seed)
         self.step, self.epoch, self.seconds = 0, 0.0, 0.0  # trained so far; evaluation is not counted
         self.best = Best()
+        self.stop = StopRequest()
         self.scores: dict[str, dict[str, dict[str, float]]] = {}  # stage → split → scores, for the checkpoint
         self.results = Results(os.path.join(hp.checkpoint_dir, "results.csv"), reading)
         self.announce()
@@ -78,10 +79,11 @@ class Run:
         steps_per_epoch = -(-len(self.data.splits["train"]) // self.hp.batch_size)
         steps = self.hp.epochs * steps_per_epoch
         eval_every = self.hp.eval_every or steps_per_epoch
+        self.stop.listen()
         if self.step == 0:
             self.consider()
         saved = time.monotonic()
-        with StopRequest() as stop, Progress(steps, self.step) as progress:
+        with Progress(steps, self.step) as progress:
             for batch in self.batches(steps_per_epoch):
                 started = time.perf_counter()
                 value = loss(self.model, self.reading, *self.data.batch(batch, self.device), self.generator)
@@ -94,14 +96,14 @@ class Run:
                 self.step += 1
                 self.epoch = round(self.step / steps_per_epoch, 4)
                 progress.advance(value)
-                if self.step % eval_every == 0 or self.step == steps or stop.requested:
+                if self.step % eval_every == 0 or self.step == steps or self.stop.requested:
                     self.consider()
                     self.snapshot()
                     saved = time.monotonic()
                 elif self.hp.snapshot_minutes and time.monotonic() - saved >= 60 * self.hp.snapshot_minutes:
                     self.snapshot()
                     saved = time.monotonic()
-                if stop.requested:
+                if self.stop.requested:
                     tqdm.write(f"stopped by Ctrl-C after epoch {self.epoch:g}: the best state so far is kept")
                     break
         self.restore_best()
@@ -125,10 +127,13 @@ class Run:
     @torch.no_grad()
     def consider(self) -> None:
         """Evaluates on validation and remembers the state if none before scored as well."""
-        scores = self.evaluate(self.reading.stage, "validation")
-        self.results.add(self.reading.stage, "validation", self.epoch, scores, self.seconds)
+        stage, examples = self.reading.stage, self.data.splits["validation"]
+        ranks = metrics.rank_examples(self.model, self.data, examples, self.reading_at(stage), self.device)
+        scores = metrics.score(ranks, self.metric, self.hp.top_k)
+        self.results.add(stage, "validation", self.epoch, scores, self.seconds)
         score = next(iter(scores.values()))
-        if score > self.best.score:
+        untrained = stage == "tp" and self.step == 0  # its new head, or all of it, is random
+        if score > self.best.score and not untrained:
             self.best = Best(score, self.epoch, [parameter.clone() for parameter in self.trained])
 
     @torch.no_grad()
@@ -173,41 +178,46 @@ class Run:
         for owner, share in sorted(pruning.shares(self.model).items(), key=lambda item: item[0] or pruning.MAX_TASKS):
             print(f"  {f'task {owner} owns' if owner else 'free'}: {share:.2%} of the conv weights")
 
-    def evaluate(self, stage: str, split: str) -> dict[str, float]:
-        """Scores and number of rows of a split, as the model stands at `stage`: tp, pruned or ret."""
-        reading = self.reading if stage == "tp" else Reading(self.reading.task, "inference")
-        return metrics.evaluate(self.model, self.data, split, reading, self.metric, self.hp.top_k, self.device)
+    def reading_at(self, stage: str) -> Reading:
+        """How the weights are read for scores of `stage`: tp, pruned or ret."""
+        return self.reading if stage == "tp" else Reading(self.reading.task, "inference")
 
     def report(self, stage: str, splits: tuple[str, ...]) -> None:
         """Scores all held-out parts of the data and keeps them for the checkpoint; prints `splits`."""
-        self.scores[stage] = {split: self.evaluate(stage, split) for split in ("validation", "test", "heldout")}
+        reading = self.reading_at(stage)
+        scores = metrics.evaluate(self.model, self.data, reading, self.metric, self.hp.top_k, self.device)
+        self.scores[stage] = scores
         for split in splits:
-            self.results.add(stage, split, self.epoch, self.scores[stage][split], self.seconds)
+            self.results.add(stage, split, self.epoch, scores[split], self.seconds)
 
     def save(self) -> None:
         """Writes the stage's checkpoint and says what to run next."""
         facts = {"metric": self.metric, "top_k": self.hp.top_k, "epoch": self.epoch, "seconds": self.seconds}
         self.stage.write_checkpoint(self.model, facts, self.scores)
+        self.stop.end()
 
 
 class StopRequest:
-    """Notes the first Ctrl-C instead of raising it, so that a step is never cut in two; the second one raises."""
+    """Notes the first Ctrl-C instead of raising it, so that neither a step nor what follows is cut in two; the second
+    one raises as usual."""
 
-    def __enter__(self) -> "StopRequest":
-        self.requested = False
+    requested = False
+
+    def listen(self) -> None:
         self.before = signal.signal(signal.SIGINT, self.note)
-        return self
 
     def note(self, *_) -> None:
         self.requested = True
+        self.end()
+
+    def end(self) -> None:
         signal.signal(signal.SIGINT, self.before)
 
-    def __exit__(self, *_) -> None:
-        signal.signal(signal.SIGINT, self.before)
 
-
-def pick_device(name: str) -> str:
-    """auto, cpu or cuda → cpu or cuda; InputError if there is no such device."""
+def pick_device(name: str) -> torch.device:
+    """auto, cpu or cuda → the device; InputError if there is no such one."""
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this torch sees no GPU; use --device auto or cpu")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)

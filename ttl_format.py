@@ -7,6 +7,7 @@ missing last newline change nothing.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import pandas as pd
@@ -101,62 +102,80 @@ def chunks_of_lines(path: str, digest) -> Iterator[tuple[int, bytes]]:
         yield line, last + b"\n"
 
 
+class Refusal:
+    """Raises InputError for a place in a chunk, with file, line number and the offending line, cut short."""
+
+    def __init__(self, path: str, first_line: int, chunk: bytes):
+        self.path, self.first_line, self.chunk = path, first_line, chunk
+
+    def line(self, index: int, reason: str) -> NoReturn:
+        """`index` counts the lines of the chunk from 0, empty ones too."""
+        shown = self.chunk.split(b"\n")[index].decode(errors="replace").strip()
+        shown = shown if len(shown) <= 60 else shown[:60] + "…"
+        raise InputError(f"{self.path}, line {self.first_line + index}: {reason}: {shown!r}")
+
+    def byte(self, position: int, reason: str) -> NoReturn:
+        self.line(self.chunk.count(b"\n", 0, position), reason)
+
+
 def split_lines(chunk: bytes, first_line: int, with_targets: bool, path: str) -> Lines | None:
     """The tokens of a chunk that ends with a line; None if all its lines are empty."""
-    text = np.frombuffer(chunk, np.uint8)
-
-    def refuse(line: int, reason: str):
-        shown = chunk.split(b"\n")[line - first_line].decode(errors="replace").strip()
-        shown = shown if len(shown) <= 60 else shown[:60] + "…"
-        raise InputError(f"{path}, line {line}: {reason}: {shown!r}")
-
-    def refuse_byte(position: int, reason: str):
-        refuse(first_line + chunk.count(b"\n", 0, position), reason)
-
-    if text.max() >= 128:
-        try:
-            chunk.decode()
-        except UnicodeDecodeError as error:
-            refuse_byte(error.start, "not UTF-8 text")
-    control = (text < SPACE) & (text != NEWLINE) & (text != TAB) & (text != RETURN)
-    if control.any():
-        refuse_byte(int(control.argmax()), "a control character, so this is no text file")
-
+    text, refuse = np.frombuffer(chunk, np.uint8), Refusal(path, first_line, chunk)
+    check_characters(text, refuse)
     ends = np.flatnonzero((text == COMMA) | (text == NEWLINE))
     starts = np.concatenate([[0], ends[:-1] + 1])
     closes_line = text[ends] == NEWLINE
+    rows = np.cumsum(closes_line) - closes_line
+    if (longest := np.bincount(rows)).max() > MAX_LINE_TOKENS:
+        refuse.line(int(longest.argmax()), f"more than {MAX_LINE_TOKENS:,} tokens")
     if (text <= SPACE).sum() > closes_line.sum():
-        solid = np.append(np.flatnonzero(text > SPACE), len(text))  # commas included, which bound every token
-        starts = np.minimum(solid[np.searchsorted(solid, starts)], ends)
-        ends = np.maximum(np.append(-1, solid)[np.searchsorted(solid, ends)] + 1, starts)
-        within = np.flatnonzero((text == TAB) | (text == RETURN))
-        token = np.minimum(np.searchsorted(ends, within, side="right"), len(ends) - 1)
-        if (bad := (starts[token] < within) & (within < ends[token])).any():
-            refuse_byte(int(within[bad.argmax()]), "a tab or carriage return inside a token")
+        starts, ends = strip(text, starts, ends, refuse)
     lengths = ends - starts
     if lengths.max() > MAX_TOKEN_BYTES:
-        refuse_byte(int(starts[lengths.argmax()]), f"a token of more than {MAX_TOKEN_BYTES} bytes")
-
-    opens_line = np.concatenate([[True], closes_line[:-1]])
-    rows = np.cumsum(opens_line) - 1
-    if (longest := np.bincount(rows)).max() > MAX_LINE_TOKENS:
-        refuse(first_line + int(longest.argmax()), f"more than {MAX_LINE_TOKENS:,} tokens")
-    lines = first_line + np.arange(rows[-1] + 1)
+        refuse.byte(int(starts[lengths.argmax()]), f"a token of more than {MAX_TOKEN_BYTES} bytes")
     # An empty line is its one empty token; a comma at the end of a line leaves one empty token too.
     kept = ~((lengths == 0) & closes_line)
     if not kept.any():
         return None
-    rows, starts, lengths = rows[kept], starts[kept], lengths[kept]
-    numbers, rows = np.unique(rows, return_inverse=True)
-    lines = lines[numbers]
-
+    places, rows = np.unique(rows[kept], return_inverse=True)  # places: of the lines that are not empty
+    starts, lengths = starts[kept], lengths[kept]
     empty = lengths == 0
-    if not with_targets:
-        if empty.any():
-            refuse(lines[rows[empty.argmax()]], "an empty item (`,,` belongs to the files of tasks 2 and later)")
-        return Lines(text, starts, lengths, rows, np.ones(len(rows), bool))
+    if with_targets:
+        is_source = source_tokens(rows, empty, places, refuse)[~empty]
+    elif empty.any():
+        refuse.line(places[rows[empty.argmax()]], "an empty item (`,,` belongs to the files of tasks 2 and later)")
+    else:
+        is_source = np.ones(len(rows), bool)
+    return Lines(text, starts[~empty], lengths[~empty], rows[~empty], is_source)
+
+
+def check_characters(text: np.ndarray, refuse: Refusal) -> None:
+    control = (text < SPACE) & (text != NEWLINE) & (text != TAB) & (text != RETURN)
+    if control.any():
+        refuse.byte(int(control.argmax()), "a control character, so this is no text file")
+    if text.max() >= 128:
+        try:
+            refuse.chunk.decode()
+        except UnicodeDecodeError as error:
+            refuse.byte(error.start, "not UTF-8 text")
+
+
+def strip(text: np.ndarray, starts: np.ndarray, ends: np.ndarray, refuse: Refusal) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens' bounds without the white space around them."""
+    solid = np.append(np.flatnonzero(text > SPACE), len(text))  # commas included, which bound every token
+    starts = np.minimum(solid[np.searchsorted(solid, starts)], ends)
+    ends = np.maximum(np.append(-1, solid)[np.searchsorted(solid, ends)] + 1, starts)
+    white = np.flatnonzero((text == TAB) | (text == RETURN))
+    token = np.minimum(np.searchsorted(ends, white, side="right"), len(ends) - 1)
+    if (inside := (starts[token] < white) & (white < ends[token])).any():
+        refuse.byte(int(white[inside.argmax()]), "a tab or carriage return inside a token")
+    return starts, ends
+
+
+def source_tokens(rows: np.ndarray, empty: np.ndarray, places: np.ndarray, refuse: Refusal) -> np.ndarray:
+    """Which tokens stand before the `,,` of their line, which is the line's one empty token."""
     position = np.arange(len(rows))
-    line_start = np.searchsorted(rows, np.arange(len(lines)))
+    line_start = np.searchsorted(rows, np.arange(len(places)))
     line_end = np.append(line_start[1:], len(rows))
     separator = np.minimum.reduceat(np.where(empty, position, len(rows)), line_start)
     for wrong, reason in (
@@ -166,6 +185,5 @@ def split_lines(chunk: bytes, first_line: int, with_targets: bool, path: str) ->
         (np.add.reduceat(empty, line_start, dtype=int) > 1, "an empty item or target besides the `,,`"),
     ):
         if wrong.any():
-            refuse(lines[wrong.argmax()], reason)
-    is_source = position < separator[rows]
-    return Lines(text, starts[~empty], lengths[~empty], rows[~empty], is_source[~empty])
+            refuse.line(places[wrong.argmax()], reason)
+    return position < separator[rows]

@@ -14,6 +14,7 @@ NEXT   python conure_tp_t1.py
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -22,6 +23,7 @@ import settings
 from Data.task_files import write_task_files
 
 COLUMNS = ["user", "movie", "rating", "time"]
+KINDS = [int, int, float, int]
 
 
 @dataclass
@@ -39,14 +41,21 @@ def find(folder: Path, name: str) -> Path | None:
     return next((path for suffix in ("", ".gz") if (path := folder / f"{name}{suffix}").exists()), None)
 
 
+def read(path: Path, **how: Any) -> pd.DataFrame:
+    try:
+        return pd.read_csv(path, **how)
+    except ValueError as error:
+        raise settings.InputError(f"{path} is not as MovieLens has it: {str(error).splitlines()[0]}") from None
+
+
 def read_ratings(folder: Path) -> pd.DataFrame:
     """Columns user, movie, rating, time; each user's rows in order of time, equal times by movie id."""
     if path := find(folder, "ratings.dat"):
         # `::` taken as `:`, an empty column and `:`, which pandas reads with its fast parser.
-        ratings = pd.read_csv(path, sep=":", header=None, usecols=[0, 2, 4, 6])
+        ratings = read(path, sep=":", header=None, usecols=[0, 2, 4, 6], dtype=dict(zip((0, 2, 4, 6), KINDS)))
         ratings.columns = COLUMNS
     elif path := find(folder, "ratings.csv"):
-        ratings = pd.read_csv(path, header=0, names=COLUMNS)
+        ratings = read(path, header=0, names=COLUMNS, dtype=dict(zip(COLUMNS, KINDS)))
     else:
         raise settings.InputError(f"{folder} holds neither ratings.dat nor ratings.csv: give --movielens_dir")
     return ratings.sort_values(["user", "time", "movie"])
@@ -75,7 +84,9 @@ def main(hp: Hyperparameters) -> None:
         ]
 
     if users_path := find(source, "users.dat"):
-        users = pd.read_csv(users_path, sep=":", header=None, usecols=[0, 2, 4], index_col=0, encoding="latin-1")
+        users = read(users_path, sep=":", header=None, usecols=[0, 2, 4], index_col=0, encoding="latin-1")
+        if missing := sequences.keys() - set(users.index):
+            raise settings.InputError(f"{users_path} lacks user {min(missing)}, who has ratings")
         users = users.loc[list(sequences)]
         gender = users[2].map({"M": 1, "F": 2})
         for kind, values in (("gender", gender), ("age", users[4])):

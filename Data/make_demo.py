@@ -71,7 +71,7 @@ def main(hp: Hyperparameters) -> None:
     random = np.random.default_rng(hp.seed)
     for _ in range(hp.users):
         tastes = random.permutation(TASTES)[:2]
-        items = sequence(random, tastes, int(random.integers(hp.length // 3, hp.length + 1)))
+        items = sequence(random, tastes, int(random.integers(max(1, hp.length // 3), hp.length + 1)))
         line = ",".join(["0"] * (hp.length - len(items)) + [str(item) for item in items])
         files["pretrain"].append(line)
         files["finetune_click_nouserID"].append(f"{line},,{','.join(targets(random, tastes, 'clicks', 4))}")

@@ -145,6 +145,17 @@ def test_target_negatives_follow_the_probabilities_and_are_never_the_positive():
         torch.testing.assert_close(share, expected / expected.sum(), rtol=0, atol=0.015)
 
 
+def test_a_sharp_sampler_has_probabilities():
+    probabilities = data_loader.static_probabilities(np.array([1, 2, 2, 3]), 4, rho=1e-7)
+    assert probabilities.tolist() == [0, 1, 0]
+
+
+def test_padding_that_task_1_never_saw_is_counted_as_unknown(tmp_path):
+    path = tmp_path / "task2.csv"
+    path.write_text("1,2,,x\n1,,y\n1,2,,y\n1,2,,x\n")
+    assert data_loader.load_examples(str(path), 0.5, Vocabulary(["<UNK>", "1", "2"])).unknown_items == 1
+
+
 def test_a_sampler_that_draws_almost_nothing_else_still_ends():
     sampler = TargetSampler(np.array([1 - 1e-12, 1e-12]))
     assert (sampler.draw(torch.ones(100, dtype=torch.int64), torch.Generator().manual_seed(1)) == 2).all()

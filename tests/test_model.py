@@ -39,9 +39,15 @@ def test_causal_conv_is_torchs_dilated_convolution(kernel_size, dilation):
     torch.testing.assert_close(conv(x, Reading(1, "tp")), expected, rtol=0, atol=1e-6)
 
 
-def test_positions_beyond_the_trained_ones_repeat_the_last():
-    model = small_model(positions=5)
-    assert model(torch.zeros(2, 9, dtype=torch.int64), Reading(1, "tp")).shape == (2, 9, 8)
+def test_positions_count_from_the_right_and_repeat_the_first():
+    model, ids = small_model(positions=3), torch.randint(50, (2, 5))
+    with torch.no_grad():
+        model.position.weight.normal_()
+    model.blocks = torch.nn.ModuleList()  # what is left is the sum of item and position
+    order = torch.tensor([0, 0, 0, 1, 2])
+    expected = model.embedding(ids) + model.position(order)
+    assert torch.equal(model(ids, Reading(1, "tp")), expected)
+    assert torch.equal(model(ids[:, :2], Reading(1, "tp")), model.embedding(ids[:, :2]) + model.position(order[-2:]))
 
 
 def test_initial_values_are_the_originals():

@@ -128,7 +128,7 @@ def test_there_is_something_to_test_against():
     assert RECORDINGS and LOADERS
 
 
-def test_every_recorded_array_belongs_to_a_test_below(recording):
+def test_no_array_is_of_a_kind_that_the_tests_below_do_not_know(recording):
     points = "init|after_(tp|ret)_t\\d+"
     known = [
         "config",

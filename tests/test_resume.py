@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import FILES, ROOT, flags
+from conftest import FILES, ROOT, chain_settings, flags
 from test_scripts import refused
 
 import checkpoint
@@ -52,7 +52,7 @@ def killed(demo, tmp_path_factory) -> Path:
 def test_a_finished_stage_says_so_and_changes_nothing(chain, copy, run_here):
     _, printed = chain
     before = files_in(copy / "checkpoints")
-    settings = ["--epochs", "6", "--batch_size", "128", "--learning_rate", "1e-3", "--rho", "1"]
+    settings = chain_settings(2, "tp")
     code, output, error = run_here("conure_tp_t2.py", *flags(copy, 2), *settings)
     assert code == 0 and error == ""
     assert "tp_t2.pt is finished; --overwrite does it over\nnext: python conure_ret_t2.py" in output

@@ -116,7 +116,7 @@ def test_ctrl_c_ends_training_as_if_it_had_converged(demo, tmp_path):
             printed = []
             for line in process.stdout:
                 printed.append(line)
-                if "epoch=2 " in line:
+                if "epoch=2 " in line and not any("epoch=2 " in earlier for earlier in printed[:-1]):
                     process.send_signal(signal.SIGINT)
         output = "".join(printed)
         assert process.returncode == 0, output
@@ -138,3 +138,41 @@ def test_ctrl_c_before_training_says_that_no_checkpoint_was_written(tmp_path):
     assert process.returncode == 130
     assert error == "\ninterrupted: this run has written no checkpoint\n"
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_ctrl_c_after_training_does_not_interrupt_what_is_left(demo, tmp_path):
+    command = [sys.executable, str(ROOT / "conure_tp_t1.py"), *flags(demo, 1), "--channels", "8", "--dilations", "1"]
+    command += ["--epochs", "1", "--index_path", str(tmp_path / "index.csv"), "--checkpoint_dir", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        next(line for line in process.stdout if "split=test" in line)
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read()
+    assert process.returncode == 0 and "saved" in rest and (tmp_path / "tp_t1.pt").exists()
+
+
+@pytest.mark.parametrize("task, stage", STAGES)
+def test_each_script_trains_its_own_loss(run_here, monkeypatch, chain, tmp_path, task, stage):
+    """With the hyperparameters that are given, and of the kind that the task calls for."""
+    import losses
+    import training
+
+    folder, seen = tmp_path / "copy", []
+    shutil.copytree(chain[0], folder)
+
+    def see(run, loss):
+        seen.append(loss)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.Run, "train", see)
+    given = ["--negative_fraction", "0.5", "--padding_in_loss"] if task == 1 else ["--l2", "0.125"]
+    assert run_here(f"conure_{stage}_t{task}.py", *flags(folder, task), *given, "--overwrite")[0] == 130
+    (loss,) = seen
+    if task == 1:
+        assert loss.sampler.count == loss.sampler.items // 2 and loss.ignored_label is None
+        run_here(f"conure_{stage}_t{task}.py", *flags(folder, task), "--overwrite")
+        assert seen[1].sampler.count == seen[1].sampler.items // 5 and seen[1].ignored_label > 0
+    else:
+        assert loss.l2 == 0.125
+        assert loss.compare is (losses.bce if task == 4 else losses.bpr)
+        steps = loss.sampler.cumulative.diff()
+        assert (steps.max() - steps.min() < 1e-9) == (task == 4), "uniform for classes, by popularity for items"
