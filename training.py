@@ -112,7 +112,7 @@ class Run:
     def batches(self, steps_per_epoch: int) -> Iterator[np.ndarray]:
         """Every training example once an epoch, in a new order each time, from the run's present step on."""
         examples, size = self.data.splits["train"], self.hp.batch_size
-        for epoch in range(self.step // steps_per_epoch, self.hp.epochs):
+        for _ in range(self.step // steps_per_epoch, self.hp.epochs):
             position = self.step % steps_per_epoch
             now = self.generator.get_state()
             if position:  # resumed within an epoch, whose order is drawn again

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The eight scripts on MovieLens task files with small settings, once per seed, then everything scored again.
-#   bash benchmarks/movielens.sh DATA_DIR OUTPUT_DIR SEED…
+#   bash benchmarks/movielens.sh DATA_DIR OUTPUT_DIR SEED…      (then benchmarks/movielens_table.py OUTPUT_DIR)
 # Prints all RESULT lines of the test part, and those of the whole held-out part, which the original scores.
 set -euo pipefail
 data=$(realpath "$1") output=$(realpath -m "$2")
