@@ -69,27 +69,45 @@ def differences(ours: Path, theirs: Path) -> int:
     return count + sum(a != b for a, b in zip(*rows)) + abs(len(rows[0]) - len(rows[1]))
 
 
+def killed(process: subprocess.Popen, snapshot: Path, dice: random.Random) -> bool:
+    """Kills the process: one time in four anywhere in its first seconds, else soon after it has written a snapshot.
+
+    False if it ended before that.
+    """
+
+    def written() -> float:
+        try:
+            return snapshot.stat().st_mtime
+        except FileNotFoundError:
+            return 0
+
+    before, until = written(), time.monotonic() + dice.uniform(0, 4)
+    if dice.random() < 0.25:
+        while process.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
+    else:
+        while process.poll() is None and written() in (before, 0):
+            time.sleep(0.001)
+        time.sleep(dice.uniform(0, 0.1))
+    process.kill()
+    return process.wait() != 0
+
+
 def kills(folder: Path, tried: int, epochs: int) -> dict[str, int]:
     """`kill -9` at random moments of all eight stages; then the chain is compared with one that nobody touched."""
     dice = random.Random(1)
     make_demo(folder / "whole", users=400)
     shutil.copytree(folder / "whole", folder / "killed")
+    run_chain(folder / "whole", epochs)
     left = tried
     for number, (task, stage) in enumerate(STAGES):
-        started = time.monotonic()
-        subprocess.run(command(folder / "whole", task, stage, epochs), check=True, stdout=subprocess.DEVNULL)
-        duration = time.monotonic() - started
-        here = left // (len(STAGES) - number)
-        while here:
-            process = subprocess.Popen(command(folder / "killed", task, stage, epochs), stdout=subprocess.DEVNULL)
-            try:
-                process.wait(timeout=dice.uniform(0.5, 1) * duration)
-                break  # finished before it could be killed; the stages after this one make up for it
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                here, left = here - 1, left - 1
-        subprocess.run(command(folder / "killed", task, stage, epochs), check=True, stdout=subprocess.DEVNULL)
+        again = command(folder / "killed", task, stage, epochs)
+        snapshot = folder / "killed" / "checkpoints" / f"{stage}_t{task}.snapshot.pt"
+        for _ in range(left // (len(STAGES) - number)):
+            if not killed(subprocess.Popen(again, stdout=subprocess.DEVNULL), snapshot, dice):
+                break  # finished; the stages after this one make up for it
+            left -= 1
+        subprocess.run(again, check=True, stdout=subprocess.DEVNULL)
     leftover = [path for path in (folder / "killed" / "checkpoints").iterdir() if "snapshot" in path.name]
     return {"tried": tried - left, "lost": differences(folder / "whole", folder / "killed") + len(leftover)}
 

@@ -4,7 +4,7 @@ import pytest
 import soak
 
 SHORT = {
-    "kills": (8, 3),
+    "kills": (10, 4),
     "corruption": (60,),
     "rows": (300,),
     "disk_full": (soak.STAGES[2:4],),
