@@ -11,6 +11,16 @@ from nextitnet import NextItNet
 from pruning import Reading
 
 
+def rows(weight: Tensor, ids: Tensor) -> Tensor:
+    """weight[ids], whose gradient is the same bits each time: that of an index sums equal ids in any order."""
+    return F.embedding(ids, weight)
+
+
+def entries(bias: Tensor, ids: Tensor) -> Tensor:
+    """bias[ids], in the same way."""
+    return rows(bias[:, None], ids).squeeze(1)
+
+
 def sampled_softmax(
     hidden: Tensor, labels: Tensor, head: nn.Linear, negatives: Tensor, label_counts: Tensor, negative_counts: Tensor
 ) -> Tensor:
@@ -19,8 +29,9 @@ def sampled_softmax(
     From every logit goes the log of the count expected in the sample (`label_counts` (N,), `negative_counts` (S,));
     negatives that equal the label are left out. As tf.nn.sampled_softmax_loss.
     """
-    own = (hidden * head.weight[labels]).sum(dim=1) + head.bias[labels] - label_counts.log()  # (N,)
-    others = F.linear(hidden, head.weight[negatives], head.bias[negatives] - negative_counts.log())  # (N, S)
+    own = (hidden * rows(head.weight, labels)).sum(dim=1) + entries(head.bias, labels) - label_counts.log()  # (N,)
+    bias = entries(head.bias, negatives) - negative_counts.log()  # (S,)
+    others = F.linear(hidden, rows(head.weight, negatives), bias)  # (N, S)
     others = others.masked_fill(negatives == labels[:, None], -torch.inf)
     return torch.cat([own[:, None], others], dim=1).logsumexp(dim=1) - own
 
@@ -73,7 +84,7 @@ class PairLoss:
         user = model.user_representation(inputs, reading)  # (B, C)
         head = model.head(reading.task).weight
         negatives = self.sampler.draw(targets, generator)
-        positive, negative = (user * head[targets]).sum(dim=1), (user * head[negatives]).sum(dim=1)  # (B,)
+        positive, negative = ((user * rows(head, ids)).sum(dim=1) for ids in (targets, negatives))  # (B,)
         return self.compare(positive, negative).mean() + self.l2 * head.square().sum() / 2
 
 

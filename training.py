@@ -42,6 +42,9 @@ class Run:
         self.hp, self.reading, self.data, self.metric = hp, reading, data, metric
         self.device = pick_device(hp.device)
         self.stage = Stage(hp, reading, data)
+        if self.device.type == "cpu":  # the same bits each time, which a resumed run promises
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
         torch.manual_seed(hp.seed)
         self.model = self.stage.start_model().to(self.device)
         self.trained = self.model.train_only(reading)

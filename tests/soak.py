@@ -35,7 +35,7 @@ MOVIELENS = ROOT.parent / "shared" / "data" / "ml-1m-half-conure"
 
 def command(folder: Path, task: int, stage: str, epochs: int) -> list[str]:
     """A small stage with many evaluations and, in between, snapshots by the clock."""
-    small = ["--channels", "16", "--dilations", "1,4"] if (task, stage) == (1, "tp") else []
+    small = ["--channels", "64", "--dilations", "1,4"] if (task, stage) == (1, "tp") else []
     often = ["--eval_every", "7", "--snapshot_minutes", "0.002", "--epochs", str(epochs), "--batch_size", "64"]
     return [sys.executable, str(ROOT / f"conure_{stage}_t{task}.py"), *flags(folder, task), *small, *often]
 
