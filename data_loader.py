@@ -69,7 +69,7 @@ class Vocabulary:
 
 def read_index(path: str) -> Vocabulary:
     """The vocabulary in index.csv: ours, or the original's Python dict literal. InputError if it is neither."""
-    again = "run `python conure_tp_t1.py --overwrite` to write it again"
+    again = "run `python conure_tp_t1.py` as before, which writes it again and leaves a finished stage alone"
     if not os.path.exists(path):
         raise InputError(f"{path} does not exist: run `python conure_tp_t1.py` first, which writes it")
     if os.path.getsize(path) > MAX_INDEX_BYTES:
@@ -144,7 +144,10 @@ class TaskData:
             f"{len(self.targets):,} examples: {splits}",
         ]
         if self.unknown_items or self.unknown_targets:
-            lines.append(f"read as {UNKNOWN}: {self.unknown_items:,} items, {self.unknown_targets:,} targets")
+            lines.append(
+                f"read as {UNKNOWN}: {self.unknown_items:,} of {self.rows.size:,} items, "
+                f"{self.unknown_targets:,} of {len(self.targets):,} targets"
+            )
         return lines
 
 

@@ -1,5 +1,6 @@
 """Files that survive a crash: written whole or not at all; and a folder's lock, which dies with its process."""
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -28,9 +29,9 @@ def whole_file(path: str) -> Iterator[BinaryIO]:
     except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where the disk takes no more
         reason = error.strerror if isinstance(error, OSError) else "the disk took no more"
         kept = "what it held before is still there" if os.path.exists(path) else "nothing of it is left behind"
-        raise InputError(
-            f"{path} could not be written ({reason}), {kept}: make room, then run the same command"
-        ) from error
+        full = not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "make room, then run the same command" if full else "mend that, then run the same command"
+        raise InputError(f"{path} could not be written ({reason}), {kept}: {advice}") from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)

@@ -66,6 +66,13 @@ def parse(text: str, kind: type) -> Any:
     return kind(text)
 
 
+def is_of(value: Any, kind: type) -> bool:
+    """Whether a field's value is of its type; a whole number may stand for a float."""
+    if kind == tuple[int, ...]:
+        return isinstance(value, tuple) and len(value) > 0 and all(type(part) is int for part in value)
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
 def comments(block: type) -> dict[str, str]:
     """The comment behind each field of a hyperparameter block."""
     return dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(block), re.MULTILINE))
@@ -90,7 +97,7 @@ def from_command_line(block: type, about: str, arguments: list[str] | None = Non
         parser.add_argument(
             f"--{field.name}",
             metavar=KINDS[kinds[field.name]],
-            help=(help_texts[field.name] + default).replace("%", "%%"),
+            help=(help_texts.get(field.name, "") + default).replace("%", "%%"),
             **(dict(nargs="?", const="true") if kinds[field.name] is bool else {}),  # `--overwrite` means true
         )
     values = {}
@@ -103,6 +110,8 @@ def from_command_line(block: type, about: str, arguments: list[str] | None = Non
     hyperparameters = block(**values)
     for field in dataclasses.fields(hyperparameters):
         value = getattr(hyperparameters, field.name)
+        if not is_of(value, kinds[field.name]):
+            raise InputError(f"{field.name} = {value!r} at the top of the script is not {KINDS[kinds[field.name]]}")
         allowed, wanted = RULES.get(field.name, (lambda v: True, ""))
         if not allowed(value):
             raise InputError(f"--{field.name} {printable(value)} makes no sense: it must be {wanted}")
@@ -139,5 +148,8 @@ def run(main: Callable[[Any], int | None], block: type, about: str) -> NoReturn:
         sys.exit(2)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        print("\ninterrupted: this run has written no checkpoint", file=sys.stderr)
+        print(
+            "\ninterrupted: no checkpoint written; the same command goes on from the last snapshot, if any",
+            file=sys.stderr,
+        )
         sys.exit(130)

@@ -62,6 +62,8 @@ class Stage:
         content, _ = checkpoint.load(self.path)
         self.refuse_other(self.path, content["identity"])
         self.remove_snapshot()  # which a kill just before the end may have left
+        if self.before is None:
+            self.data.items.write(self.hp.index_path)  # the same as ever; in case it was lost or damaged
         raise NothingToDo(f"{self.path} is finished; --overwrite does it over\nnext: python {self.next_command()}")
 
     def refuse_other(self, path: str, identity: dict[str, str]) -> None:
@@ -69,8 +71,10 @@ class Stage:
         differing = [name for name in self.identity if identity.get(name) != self.identity[name]]
         if differing:
             digests = ("data", "vocabulary", "checkpoint before")
-            shown = (n if n in digests else f"{n} {identity.get(n)}, now {self.identity[n]}" for n in differing)
-            raise InputError(f"{path} was made with other {'; '.join(shown)}: --overwrite starts the stage over")
+            shown = (
+                f"other {n}" if n in digests else f"{n} {identity.get(n)} (now {self.identity[n]})" for n in differing
+            )
+            raise InputError(f"{path} was made with {', '.join(shown)}: --overwrite starts the stage over")
 
     def start_model(self) -> NextItNet:
         """The model as the stage before left it, with a new head in tp; a new one for the first stage.
@@ -157,7 +161,7 @@ class Stage:
     def next_command(self) -> str:
         task, stage = self.reading
         script = checkpoint.script_of(task, "ret") if stage == "tp" else checkpoint.script_of(task + 1, "tp")
-        shared = ("checkpoint_dir", "index_path")
+        shared = ("checkpoint_dir", "index_path") + (("data_path",) if stage == "tp" else ())
         if not os.path.exists(os.path.join(os.path.dirname(os.path.abspath(__file__)), script)):
             script, shared = "evaluate.py", shared[:1]
         default = type(self.hp)()

@@ -107,7 +107,10 @@ class Run:
                     self.snapshot()
                     saved = time.monotonic()
                 if self.stop.requested:
-                    tqdm.write(f"stopped by Ctrl-C after epoch {self.epoch:g}: the best state so far is kept")
+                    tqdm.write(
+                        f"stopped by Ctrl-C after epoch {self.epoch:g}: the best state so far is kept as the stage's "
+                        "result (a second Ctrl-C leaves the stage unfinished, to go on another time)"
+                    )
                     break
         self.restore_best()
         self.report(self.reading.stage, ("test",))

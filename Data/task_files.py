@@ -12,6 +12,8 @@ def write_task_files(folder: str, files: dict[str, list[str]], overwrite: bool) 
     there = [str(path) for path in paths.values() if path.exists()]
     if there and not overwrite:
         raise InputError(f"{there[0]} is there already: give --overwrite to replace it, or another --output_dir")
+    if others := sorted(set(Path(folder).glob("original_desen_*.csv")) - set(paths.values())):
+        raise InputError(f"{others[0]} is of other data: remove it, or give another --output_dir")
     for name, lines in files.items():
         with whole_file(str(paths[name])) as file:
             file.write("".join(f"{line}\n" for line in lines).encode())

@@ -62,7 +62,7 @@ def test_later_tasks_give_one_example_for_each_target(tmp_path):
     data = data_loader.load_examples(str(path), 0.67, items)
     assert data.rows[data.users].tolist() == [[1, 2, 0], [0, 3, 0], [0, 3, 0]]
     assert data.targets.tolist() == [1, 2, 1] and data.target_vocabulary.tokens == ["<UNK>", "x", "y"]
-    assert data.unknown_items == 1 and data.describe()[-1] == "read as <UNK>: 1 items, 0 targets"
+    assert data.unknown_items == 1 and data.describe()[-1] == "read as <UNK>: 1 of 6 items, 0 of 3 targets"
     again = data_loader.load_examples(str(path), 0.67, items, Vocabulary(["<UNK>", "y", "z"]))
     assert again.targets.tolist() == [0, 1, 0] and again.unknown_targets == 2
 

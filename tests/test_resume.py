@@ -58,8 +58,18 @@ def test_a_finished_stage_says_so_and_changes_nothing(chain, copy, run_here):
     assert "tp_t2.pt is finished; --overwrite does it over\nnext: python conure_ret_t2.py" in output
     assert files_in(copy / "checkpoints") == before
     error = refused(run_here("conure_tp_t2.py", *flags(copy, 2), *settings[2:]))
-    assert "was made with other epochs 6, now 15: --overwrite" in error
+    assert "was made with epochs 6 (now 15): --overwrite" in error
     assert files_in(copy / "checkpoints") == before
+
+
+def test_a_lost_index_is_written_again_by_the_finished_script(copy, run_here):
+    index = copy / "Data" / "index.csv"
+    before = index.read_bytes()
+    for damage in (index.unlink, lambda: index.write_text("junk")):
+        damage()
+        assert "conure_tp_t1.py" in refused(run_here("conure_ret_t1.py", *flags(copy, 1)))
+        assert run_here("conure_tp_t1.py", *flags(copy, 1), *chain_settings(1, "tp"))[0] == 0
+        assert index.read_bytes() == before
 
 
 def test_overwriting_a_stage_replaces_its_results_and_makes_what_follows_stale(copy, run_here):
@@ -81,7 +91,7 @@ def test_a_snapshot_of_other_settings_or_data_is_refused_by_name(killed, tmp_pat
     shutil.copytree(killed, tmp_path / "copy")
     folder = tmp_path / "copy"
     error = refused(run_here("conure_tp_t1.py", *flags(folder, 1), *SMALL, "--epochs", "2", "--seed", "3"))
-    assert "tp_t1.snapshot.pt was made with other seed 10, now 3; epochs 300, now 2" in error
+    assert "tp_t1.snapshot.pt was made with seed 10 (now 3), epochs 300 (now 2)" in error
     with open(folder / "Data" / FILES[1], "a") as file:
         file.write("1,2,3\n")
     error = refused(run_here("conure_tp_t1.py", *flags(folder, 1), *SMALL, "--epochs", "300"))

@@ -136,7 +136,7 @@ def test_ctrl_c_before_training_says_that_no_checkpoint_was_written(tmp_path):
             process.send_signal(signal.SIGINT)
             error = process.stderr.read()
     assert process.returncode == 130
-    assert error == "\ninterrupted: this run has written no checkpoint\n"
+    assert error == "\ninterrupted: no checkpoint written; the same command goes on from the last snapshot, if any\n"
     assert not (tmp_path / "checkpoints").exists()
 
 
