@@ -57,6 +57,25 @@ def test_nonsense_is_refused_in_one_line(run_here, demo, arguments, complaint):
     assert complaint in refused(run_here("conure_tp_t1.py", *flags(demo, 1), *arguments))
 
 
+@pytest.mark.parametrize(
+    "edited",
+    ["epochs: int = '4'", "epochs: int = 1.5", "dilations: tuple[int, ...] = (4)", "overwrite: bool = 'no'"],
+)
+def test_a_value_of_another_type_at_the_top_of_a_script_is_refused(tmp_path, edited):
+    script = (ROOT / "conure_tp_t1.py").read_text()
+    name = edited.split(":")[0]
+    (tmp_path / "edited.py").write_text(re.sub(rf"    {name}: .*  #", f"    {edited}  #", script))
+    command, paths = [sys.executable, str(tmp_path / "edited.py")], {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=paths)
+    assert f"error: {name} = " in refused((done.returncode, done.stdout, done.stderr))
+
+
+def test_data_makers_leave_no_files_of_other_data_beside_theirs(run_here, tmp_path):
+    (tmp_path / "original_desen_age.csv").write_text("1,2,,3\n")
+    error = refused(run_here("Data/make_demo.py", "--output_dir", str(tmp_path), "--users", "5", "--overwrite"))
+    assert "original_desen_age.csv is of other data" in error
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_missing_gpu_is_said(run_here, demo):
     assert "--device auto or cpu" in refused(run_here("conure_tp_t1.py", *flags(demo, 1), "--device", "cuda"))
