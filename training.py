@@ -99,11 +99,11 @@ class Run:
                 self.step += 1
                 self.epoch = round(self.step / steps_per_epoch, 4)
                 progress.advance(value)
-                if self.step % eval_every == 0 or self.step == steps or self.stop.requested:
+                evaluating = self.step % eval_every == 0 or self.step == steps or self.stop.requested
+                if evaluating:
                     self.consider()
-                    self.snapshot()
-                    saved = time.monotonic()
-                elif self.hp.snapshot_minutes and time.monotonic() - saved >= 60 * self.hp.snapshot_minutes:
+                minutes = (time.monotonic() - saved) / 60
+                if evaluating or 0 < self.hp.snapshot_minutes <= minutes:
                     self.snapshot()
                     saved = time.monotonic()
                 if self.stop.requested:
