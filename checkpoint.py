@@ -14,11 +14,10 @@ A snapshot is a file of the same kind, with the state of a stage that is under w
 last line of each file is the SHA-256 of all bytes before it, checked before anything is unpickled.
 """
 
-import hashlib
 import os
 import platform
 import re
-from typing import Any, BinaryIO
+from typing import Any
 
 from settings import InputError  # isort: skip (before torch, whose threads it tells how to wait)
 
@@ -26,13 +25,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from files import whole_file
+from files import load_sealed, save_sealed, seal_of
 from nextitnet import NextItNet
 
 FORMAT = 1
 NAME = r"(tp|ret)_t([1-9]\d*)\.(snapshot\.)?pt"  # of a checkpoint or a snapshot; copies may be called anything else
-SEAL = b"\nsha256 "  # what stands before the digest; torch.load passes over what follows the archive
-SEAL_BYTES = len(SEAL) + 64
 
 
 def snapshot_of(path: str) -> str:
@@ -86,30 +83,7 @@ def versions() -> dict[str, str]:
 def save(path: str, content: dict[str, Any]) -> None:
     """Writes a checkpoint or snapshot with its digest; InputError, and the file as it was, if the disk is full."""
     head = {"format": FORMAT, "name": os.path.basename(path), "versions": versions()}
-    with whole_file(path) as file:
-        torch.save(head | content, file)
-        size = file.tell()
-        file.seek(0)
-        digest = digest_of(file, size)
-        file.write(SEAL + digest.encode())
-
-
-def digest_of(file: BinaryIO, size: int) -> str:
-    """The SHA-256 of the next `size` bytes."""
-    digest = hashlib.sha256()
-    while size > 0 and (block := file.read(min(size, 1 << 24))):
-        digest.update(block)
-        size -= len(block)
-    return digest.hexdigest()
-
-
-def seal_of(file: BinaryIO) -> str | None:
-    """The digest that the file's last line claims; None if it ends otherwise."""
-    if file.seek(0, os.SEEK_END) < SEAL_BYTES:
-        return None
-    file.seek(-SEAL_BYTES, os.SEEK_END)
-    seal = file.read(SEAL_BYTES)
-    return seal[len(SEAL) :].decode("ascii", "replace") if seal.startswith(SEAL) else None
+    save_sealed(path, head | content)
 
 
 def load_file(path: str, remedy: str) -> tuple[dict[str, Any], str]:
@@ -117,14 +91,9 @@ def load_file(path: str, remedy: str) -> tuple[dict[str, Any], str]:
 
     InputError, with the remedy, if a single bit is not as it was written, or if it was written under another name.
     """
-    with open(path, "rb") as file:
-        seal = seal_of(file)
-        size = file.seek(0, os.SEEK_END) - SEAL_BYTES
-        file.seek(0)
-        if seal is None or digest_of(file, size) != seal:
-            raise InputError(f"{path} is damaged or cut short, or was never a checkpoint of this suite: {remedy}")
-        file.seek(0)
-        content = torch.load(file, map_location="cpu", weights_only=True)
+    content, seal = load_sealed(path)
+    if content is None:
+        raise InputError(f"{path} is damaged or cut short, or was never a checkpoint of this suite: {remedy}")
     if content["format"] != FORMAT:
         raise InputError(f"{path} has format {content['format']}, this version reads {FORMAT}: {remedy}")
     if re.fullmatch(NAME, os.path.basename(path)) and content["name"] != os.path.basename(path):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import data_loader
 import losses
+import samplers
 import settings
 import training
 from pruning import Reading
@@ -21,6 +22,8 @@ class Hyperparameters:
     checkpoint_dir: str = "checkpoints"  # where checkpoints and results.csv are written
     seed: int = 10  # of initial values, shuffling and negatives
     device: str = "auto"  # auto, cpu or cuda
+    precision: str = "auto"  # of matrix products in training: float32, bfloat16, or auto: bfloat16 on a GPU alone
+    compile: bool = False  # let torch.compile fuse what it can; the first steps take minutes
     batch_size: int = 32  # sequences a step
     epochs: int = 4  # passes over the training part
     learning_rate: float = 1e-3  # of Adam
@@ -43,7 +46,7 @@ def main(hp: Hyperparameters) -> None:
     data = data_loader.load_sequences(hp.data_path, hp.test_fraction)
     run = training.Run(hp, Reading(1, "tp"), data)
     data.items.write(hp.index_path)
-    negatives = data_loader.LogUniformSampler(len(data.items), hp.negative_fraction)
+    negatives = samplers.LogUniformSampler(len(data.items), hp.negative_fraction)
     run.train(losses.NextItemLoss(negatives, None if hp.padding_in_loss else data.padding_id))
     run.prune()
     run.save()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import data_loader
 import losses
+import samplers
 import settings
 import training
 from pruning import Reading
@@ -23,6 +24,8 @@ class Hyperparameters:
     checkpoint_dir: str = "checkpoints"  # checkpoints and results.csv, read and written
     seed: int = 10  # of initial values, shuffling and negatives
     device: str = "auto"  # auto, cpu or cuda
+    precision: str = "auto"  # of matrix products in training: float32, bfloat16, or auto: bfloat16 on a GPU alone
+    compile: bool = False  # let torch.compile fuse what it can; the first steps take minutes
     batch_size: int = 512  # examples a step
     epochs: int = 15  # passes over the training part
     learning_rate: float = 1e-4  # of Adam
@@ -41,8 +44,8 @@ def main(hp: Hyperparameters) -> None:
     items = data_loader.read_index(hp.index_path)
     data = data_loader.load_examples(hp.data_path, hp.test_fraction, items)
     run = training.Run(hp, Reading(2, "tp"), data)
-    probabilities = data_loader.static_probabilities(data.targets, len(data.target_vocabulary), hp.rho)
-    negatives = data_loader.TargetSampler(probabilities)
+    probabilities = samplers.static_probabilities(data.targets, len(data.target_vocabulary), hp.rho)
+    negatives = samplers.TargetSampler(probabilities)
     run.train(losses.PairLoss(losses.bpr, negatives, hp.l2))
     run.prune()
     run.save()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import data_loader
 import losses
+import samplers
 import settings
 import training
 from pruning import Reading
@@ -22,6 +23,8 @@ class Hyperparameters:
     checkpoint_dir: str = "checkpoints"  # checkpoints and results.csv, read and written
     seed: int = 10  # of initial values, shuffling and negatives
     device: str = "auto"  # auto, cpu or cuda
+    precision: str = "auto"  # of matrix products in training: float32, bfloat16, or auto: bfloat16 on a GPU alone
+    compile: bool = False  # let torch.compile fuse what it can; the first steps take minutes
     batch_size: int = 512  # examples a step
     epochs: int = 30  # passes over the training part
     learning_rate: float = 1e-4  # of Adam
@@ -39,7 +42,7 @@ def main(hp: Hyperparameters) -> None:
     items = data_loader.read_index(hp.index_path)
     data = data_loader.load_examples(hp.data_path, hp.test_fraction, items)
     run = training.Run(hp, Reading(4, "tp"), data, metric="accuracy")
-    negatives = data_loader.TargetSampler(data_loader.uniform_probabilities(len(data.target_vocabulary)))
+    negatives = samplers.TargetSampler(samplers.uniform_probabilities(len(data.target_vocabulary)))
     run.train(losses.PairLoss(losses.bce, negatives, hp.l2))
     run.prune()
     run.save()

@@ -1,4 +1,4 @@
-"""Files → ids → examples, splits and negative samplers.
+"""Files → ids → examples and splits.
 
 Id 0 is `<UNK>`, which also separates a sequence from the place of its target; other ids count up in order of first
 appearance in the file, as in the original's data_loader files. Rows of unequal length are padded on the left with the
@@ -6,10 +6,12 @@ token `0`.
 """
 
 import ast
+import glob
 import hashlib
 import io
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from settings import InputError  # isort: skip (before torch, whose threads it tells how to wait)
@@ -19,12 +21,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from files import whole_file
-from ttl_format import read_lines
+import processes
+from files import load_sealed, save_sealed, whole_file
+from ttl_format import Encoder, read_lines
 
 UNKNOWN = "<UNK>"  # id 0
 PADDING = "0"  # an ordinary token to the original: it has an id, an embedding and a row in the softmax
 MAX_INDEX_BYTES = 1 << 28  # two hundred times what 646,000 numbers take
+CACHE_FROM_BYTES = 1 << 25  # smaller files are read in less than a second
 SPLIT_SEED = 10  # the original's np.random.seed before it shuffles the rows
 
 
@@ -39,10 +43,10 @@ class Vocabulary:
         return len(self.tokens)
 
     def grow(self, tokens: list[str]) -> np.ndarray:
-        """Ids of the tokens; new ones get the next ids in order."""
-        for token in tokens:
-            if self.ids.setdefault(token, len(self.tokens)) == len(self.tokens):
-                self.tokens.append(token)
+        """Ids of the tokens, all different; new ones get the next ids in order."""
+        new = [token for token in tokens if token not in self.ids]
+        self.ids.update(zip(new, range(len(self), len(self) + len(new))))
+        self.tokens += new
         return self.look_up(tokens)
 
     def look_up(self, tokens: list[str]) -> np.ndarray:
@@ -63,6 +67,8 @@ class Vocabulary:
 
     def write(self, path: str) -> None:
         """Writes index.csv: a header `token,id`, then a line a token."""
+        if not processes.is_main():
+            return
         with whole_file(path) as file:
             pd.DataFrame({"token": self.tokens, "id": range(len(self))}).to_csv(file, index=False)
 
@@ -109,6 +115,137 @@ def _parse_literal(text: str) -> pd.DataFrame:
 
 
 @dataclass
+class Encoded:
+    """A data file in ids."""
+
+    digest: str  # SHA-256 of the file
+    rows: np.ndarray  # (U, L) int32: the sequences, padded on the left, and where targets follow, the separator 0
+    users: np.ndarray  # (N,) int32: the row of each target; empty for task 1
+    targets: np.ndarray  # (N,) int32; empty for task 1
+    items: Vocabulary
+    target_vocabulary: Vocabulary
+
+
+def encode(
+    path: str, with_targets: bool, items: Vocabulary | None, target_vocabulary: Vocabulary | None = None
+) -> Encoded:
+    """The file in ids; a vocabulary that is not given is made of the file's own tokens, held-out ones included.
+
+    If `0` stands nowhere in a file of its own vocabulary but is needed for padding, it becomes the last item.
+    """
+    items, item_ids = _ids_of(items)
+    target_vocabulary, target_ids = _ids_of(target_vocabulary)
+    item_encoder, target_encoder = Encoder(item_ids), Encoder(target_ids)
+    digest, table = hashlib.sha256(), RowTable()
+    users, targets = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
+    for lines in read_lines(path, with_targets, digest):
+        if with_targets:
+            users.append((table.count + lines.rows[~lines.is_source]).astype(np.int32))
+            targets.append(target_encoder.encode(lines, ~lines.is_source))
+        part = lines.pad(item_encoder.encode(lines, lines.is_source))
+        table.add(np.pad(part, ((0, 0), (0, 1))) if with_targets else part)
+    rows = table.rows(lambda: item_ids([PADDING])[0])
+    return Encoded(digest.hexdigest(), rows, np.concatenate(users), np.concatenate(targets), items, target_vocabulary)
+
+
+def _ids_of(vocabulary: Vocabulary | None) -> tuple[Vocabulary, Callable[[list[str]], np.ndarray]]:
+    """The vocabulary, or a new one that grows, and what gives the ids of tokens."""
+    grown = Vocabulary()
+    return (grown, grown.grow) if vocabulary is None else (vocabulary, vocabulary.look_up)
+
+
+class RowTable:
+    """Rows that come chunk by chunk, in one array that grows in place: no row is ever in memory twice."""
+
+    def __init__(self):
+        self.table, self.count, self.ragged = np.empty((0, 0), np.int32), 0, False
+
+    def add(self, part: np.ndarray) -> None:
+        """`part` (n, width) int32, with -1 for padding, on the left."""
+        needed, width = self.count + len(part), max(self.table.shape[1], part.shape[1])
+        self.ragged |= part.min() < 0 or 0 < self.count and part.shape[1] != self.table.shape[1]
+        if width > self.table.shape[1]:
+            narrow, self.table = self.table[: self.count], np.empty((needed, width), np.int32)
+            self._put(0, narrow)
+        elif needed > len(self.table):
+            self.table.resize((needed + needed // 8, width), refcheck=False)
+        self._put(self.count, part)
+        self.count = needed
+
+    def _put(self, start: int, part: np.ndarray) -> None:
+        place = self.table[start : start + len(part)]
+        place[:, : place.shape[1] - part.shape[1]] = -1
+        place[:, place.shape[1] - part.shape[1] :] = part
+
+    def rows(self, padding_id: Callable[[], int]) -> np.ndarray:
+        """All rows (N, longest); `padding_id` is asked for only if there is padding."""
+        self.table.resize((self.count, self.table.shape[1]), refcheck=False)
+        if self.ragged:
+            id = padding_id()
+            for start in range(0, self.count, 1 << 16):
+                block = self.table[start : start + (1 << 16)]
+                np.copyto(block, id, where=block < 0)
+        return self.table
+
+
+def read_encoded(
+    path: str, with_targets: bool, items: Vocabulary | None, target_vocabulary: Vocabulary | None = None
+) -> Encoded:
+    """As `encode`; a large file is read once, and its ids are kept in `.cache` beside it, which may be deleted."""
+    if not os.path.exists(path) or os.path.getsize(path) < CACHE_FROM_BYTES:
+        return encode(path, with_targets, items, target_vocabulary)
+    if not processes.is_main():
+        processes.wait()
+    vocabularies, digest, encoded = (items, target_vocabulary), None, None
+    if glob.glob(_cache_path(path, "*")):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        encoded = _read_cache(_cache_path(path, _cache_key(digest, vocabularies)))
+    if encoded is None:
+        encoded = encode(path, with_targets, items, target_vocabulary)
+        _write_cache(_cache_path(path, _cache_key(encoded.digest, vocabularies)), encoded)
+    if processes.is_main():
+        processes.wait()
+    return encoded
+
+
+def _cache_path(path: str, key: str) -> str:
+    folder = os.path.join(os.path.dirname(path), ".cache")
+    return os.path.join(folder if key != "*" else glob.escape(folder), f"{os.path.basename(path)}.{key}.pt")
+
+
+def _cache_key(digest: str, vocabularies: tuple[Vocabulary | None, Vocabulary | None]) -> str:
+    """Of all that the ids depend on."""
+    digests = [digest, *(vocabulary.digest if vocabulary else "" for vocabulary in vocabularies)]
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+def _write_cache(path: str, encoded: Encoded) -> None:
+    if not processes.is_main():
+        return
+    content = vars(encoded).copy()
+    for name, value in content.items():
+        if isinstance(value, np.ndarray):
+            content[name] = torch.from_numpy(value)
+        elif isinstance(value, Vocabulary):
+            content[name] = value.to_tensor()
+    try:
+        save_sealed(path, content)
+    except InputError as error:
+        print(f"the next start will read the data anew: {error}")
+
+
+def _read_cache(path: str) -> Encoded | None:
+    """What `_write_cache` wrote, memory-mapped; None if it is not there or damaged."""
+    content = load_sealed(path, mmap=True)[0] if os.path.exists(path) else None
+    if content is None:
+        return None
+    for name in ("items", "target_vocabulary"):
+        content[name] = Vocabulary.from_tensor(content[name])
+    return Encoded(**{n: v.numpy() if isinstance(v, Tensor) else v for n, v in content.items()})
+
+
+@dataclass
 class TaskData:
     """All examples of one task. Example i is `rows[users[i]]` with `targets[i]`.
 
@@ -128,11 +265,10 @@ class TaskData:
     unknown_targets: int
     splits: dict[str, np.ndarray]  # of example numbers: train, validation, test, and heldout = the last two
 
-    def batch(self, examples: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    def batch(self, examples: np.ndarray) -> tuple[Tensor, Tensor]:
         """Inputs (B, T) and targets (B,), int64, of these examples."""
         inputs = torch.from_numpy(self.rows[self.users[examples]]).long()
-        targets = torch.from_numpy(self.targets[examples]).long()
-        return inputs.to(device), targets.to(device)
+        return inputs, torch.from_numpy(self.targets[examples]).long()
 
     def describe(self) -> list[str]:
         """Lines on where the data come from and how many there are."""
@@ -153,25 +289,20 @@ class TaskData:
 
 def load_sequences(path: str, test_fraction: float, items: Vocabulary | None = None) -> TaskData:
     """Task 1's data. Without `items` the vocabulary is made of the file's own tokens, held-out rows included."""
-    items, fixed = items or Vocabulary(), items is not None
-    digest = hashlib.sha256()
-    parts = []
-    for lines in read_lines(path, False, digest):
-        ids = lines.encode(lines.is_source, items.look_up if fixed else items.grow)
-        parts.append(lines.pad(ids))
-    rows = _join(parts, items, fixed)
+    encoded = read_encoded(path, False, items)
+    rows, items = encoded.rows, encoded.items
     if rows.shape[1] < 2:
         raise InputError(f"{path}: every sequence has one item only; task 1 needs a next item to predict")
     return TaskData(
         path=os.path.abspath(path),
-        digest=digest.hexdigest(),
+        digest=encoded.digest,
         rows=rows[:, :-1],
         users=np.arange(len(rows), dtype=np.int32),
         targets=rows[:, -1],
         items=items,
         target_vocabulary=items,
         padding_id=items.ids.get(PADDING, -1),
-        unknown_items=int((rows == 0).sum()),
+        unknown_items=rows.size - np.count_nonzero(rows),
         unknown_targets=0,
         splits=_split(len(rows), test_fraction, path),
     )
@@ -181,29 +312,21 @@ def load_examples(
     path: str, test_fraction: float, items: Vocabulary, target_vocabulary: Vocabulary | None = None
 ) -> TaskData:
     """A later task's data. Without `target_vocabulary` it is made of the file's targets, held-out ones included."""
-    target_vocabulary, fixed = target_vocabulary or Vocabulary(), target_vocabulary is not None
-    digest = hashlib.sha256()
-    parts, targets, users, row_count = [], [], [], 0
-    for lines in read_lines(path, True, digest):
-        parts.append(lines.pad(lines.encode(lines.is_source, items.look_up)))
-        targets.append(lines.encode(~lines.is_source, target_vocabulary.look_up if fixed else target_vocabulary.grow))
-        users.append((row_count + lines.rows[~lines.is_source]).astype(np.int32))
-        row_count += len(parts[-1])
-    rows = _join(parts, items, fixed=True)
-    targets = np.concatenate(targets)
-    if len(target_vocabulary) < 3:
+    encoded = read_encoded(path, True, items, target_vocabulary)
+    rows, targets = encoded.rows, encoded.targets
+    if len(encoded.target_vocabulary) < 3:
         raise InputError(f"{path}: every target is the same; a task needs at least two to tell apart")
     return TaskData(
         path=os.path.abspath(path),
-        digest=digest.hexdigest(),
-        rows=np.pad(rows, ((0, 0), (0, 1))),  # the separator
-        users=np.concatenate(users),
+        digest=encoded.digest,
+        rows=rows,
+        users=encoded.users,
         targets=targets,
         items=items,
-        target_vocabulary=target_vocabulary,
+        target_vocabulary=encoded.target_vocabulary,
         padding_id=items.ids.get(PADDING, -1),
-        unknown_items=int((rows == 0).sum()),
-        unknown_targets=int((targets == 0).sum()),
+        unknown_items=rows.size - np.count_nonzero(rows) - len(rows),
+        unknown_targets=len(targets) - np.count_nonzero(targets),
         splits=_split(len(targets), test_fraction, path),
     )
 
@@ -219,85 +342,3 @@ def _split(count: int, test_fraction: float, path: str) -> dict[str, np.ndarray]
     train, heldout = np.split(shuffled, [count - held_out])
     validation, test = np.split(heldout, [held_out // 2])
     return {"train": train, "validation": validation, "test": test, "heldout": heldout}
-
-
-def _join(parts: list[np.ndarray], items: Vocabulary, fixed: bool) -> np.ndarray:
-    """The chunks' rows as one (N, L) array, shorter ones padded on the left with the id of `0`.
-
-    If `0` stands nowhere in the file but is needed for padding, it becomes the last item.
-    """
-    width = max(part.shape[1] for part in parts)
-    ragged = any(part.shape[1] < width or (part < 0).any() for part in parts)
-    padding_id = (items.look_up if fixed or not ragged else items.grow)([PADDING])[0]
-    rows = np.full((sum(map(len, parts)), width), padding_id, dtype=np.int32)
-    filled = 0
-    for part in parts:
-        place = rows[filled : filled + len(part), width - part.shape[1] :]
-        np.copyto(place, part, where=part >= 0)
-        filled += len(part)
-    return rows
-
-
-class LogUniformSampler:
-    """Negatives for the sampled softmax: distinct ids, id i drawn with probability ~ log((i + 2) / (i + 1)).
-
-    TensorFlow's default candidate sampler, which takes small ids for frequent items.
-    """
-
-    def __init__(self, items: int, negative_fraction: float):
-        self.items = items
-        self.count = max(1, int(items * negative_fraction))
-        ids = torch.arange(items, dtype=torch.float64)
-        self.log_miss = torch.log1p(-torch.log1p(1 / (ids + 1)) / np.log(items + 1))  # log(1 - p)
-
-    def draw(self, generator: torch.Generator) -> tuple[Tensor, int]:
-        """`count` distinct ids (S,), in order of drawing, and the number of draws that it took to find them."""
-        drawn = torch.empty(0, dtype=torch.int64)
-        while True:
-            uniform = torch.rand(2 * self.count, generator=generator, dtype=torch.float64)
-            more = (torch.exp(uniform * np.log(self.items + 1)) - 1).long().clamp(max=self.items - 1)
-            drawn = torch.cat([drawn, more])
-            found = torch.from_numpy(np.flatnonzero(~pd.Series(drawn.numpy()).duplicated()))
-            if len(found) >= self.count:
-                found = found[: self.count]
-                return drawn[found], int(found[-1]) + 1
-
-    def expected_count(self, ids: Tensor, draws: int) -> Tensor:
-        """The probability that an id is among the distinct ids of so many draws, float32, of the shape of `ids`."""
-        return -torch.expm1(draws * self.log_miss.to(ids.device)[ids]).float()
-
-
-class TargetSampler:
-    """One negative for each positive target, drawn from the probabilities of all others."""
-
-    def __init__(self, probabilities: np.ndarray):
-        """`probabilities` (targets - 1,): entry i belongs to target id i + 1; `<UNK>` is never drawn."""
-        self.cumulative = torch.from_numpy(np.cumsum(probabilities) / np.sum(probabilities))
-
-    def draw(self, targets: Tensor, generator: torch.Generator) -> Tensor:
-        """Ids (B,), on the device of `targets`."""
-        positive = targets.cpu() - 1
-        after = self.cumulative[positive]
-        before = torch.where(positive > 0, self.cumulative[positive - 1], 0.0)
-        point = torch.rand(len(targets), generator=generator, dtype=torch.float64) * (1 - (after - before))
-        point = torch.where(point < before, point, point + (after - before))  # jumps over the positive's own interval
-        ids = torch.searchsorted(self.cumulative, point, right=True).clamp(max=len(self.cumulative) - 1) + 1
-        return ids.to(targets.device)
-
-
-def static_probabilities(targets: np.ndarray, size: int, rho: float) -> np.ndarray:
-    """LambdaFM's static sampler: p ~ exp(-(rank + 1) / (size * rho)), rank by falling frequency from 0.
-
-    `targets` are all examples' target ids, held-out ones included as in the original; `size` counts `<UNK>`. Returns
-    (size - 1,), entry i for id i + 1; of equally frequent targets the smaller id ranks first.
-    """
-    frequency = np.bincount(targets, minlength=size)[1:]
-    rank = np.empty(size - 1)
-    rank[np.argsort(-frequency, kind="stable")] = np.arange(size - 1)
-    weight = np.exp(-rank / (size * rho))  # the + 1 of the formula cancels out, and could make all of them 0
-    return weight / weight.sum()
-
-
-def uniform_probabilities(size: int) -> np.ndarray:
-    """Equal probabilities for target ids 1..size - 1."""
-    return np.full(size - 1, 1 / (size - 1))

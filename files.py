@@ -1,13 +1,20 @@
-"""Files that survive a crash: written whole or not at all; and a folder's lock, which dies with its process."""
+"""Files that survive a crash: written whole or not at all, with a digest that tells whether they still are what was
+written; and a folder's lock, which dies with its process."""
 
 import errno
 import fcntl
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from settings import InputError
+from settings import InputError  # isort: skip (before torch, whose threads it tells how to wait)
+
+import torch
+
+SEAL = b"\nsha256 "  # what stands before the digest; torch.load passes over what follows the archive
+SEAL_BYTES = len(SEAL) + 64
 
 
 @contextmanager
@@ -35,6 +42,48 @@ def whole_file(path: str) -> Iterator[BinaryIO]:
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def save_sealed(path: str, content: dict[str, Any]) -> None:
+    """Writes plain values and tensors, and the SHA-256 of all bytes as the last line; InputError as `whole_file`."""
+    with whole_file(path) as file:
+        torch.save(content, file)
+        size = file.tell()
+        file.seek(0)
+        digest = digest_of(file, size)
+        file.write(SEAL + digest.encode())
+
+
+def load_sealed(path: str, mmap: bool = False) -> tuple[dict[str, Any] | None, str]:
+    """What `save_sealed` wrote, and its digest; None in place of the content if a single bit is not as it was written.
+
+    With `mmap` the tensors are read from the disk as they are used.
+    """
+    with open(path, "rb") as file:
+        seal = seal_of(file)
+        size = file.seek(0, os.SEEK_END) - SEAL_BYTES
+        file.seek(0)
+        if seal is None or digest_of(file, size) != seal:
+            return None, ""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap), seal
+
+
+def digest_of(file: BinaryIO, size: int) -> str:
+    """The SHA-256 of the next `size` bytes."""
+    digest = hashlib.sha256()
+    while size > 0 and (block := file.read(min(size, 1 << 24))):
+        digest.update(block)
+        size -= len(block)
+    return digest.hexdigest()
+
+
+def seal_of(file: BinaryIO) -> str | None:
+    """The digest that the file's last line claims; None if it ends otherwise."""
+    if file.seek(0, os.SEEK_END) < SEAL_BYTES:
+        return None
+    file.seek(-SEAL_BYTES, os.SEEK_END)
+    seal = file.read(SEAL_BYTES)
+    return seal[len(SEAL) :].decode("ascii", "replace") if seal.startswith(SEAL) else None
 
 
 def sync_folder(folder: str) -> None:

@@ -1,4 +1,7 @@
-"""The losses of task 1 and of the tasks after it, each a callable that draws its own negatives."""
+"""The losses of task 1 and of the tasks after it, each a callable that draws its own negatives.
+
+Batches come on the CPU, where negatives and labels are made ready without waiting for the device.
+"""
 
 from collections.abc import Callable
 
@@ -6,9 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_loader import LogUniformSampler, TargetSampler
-from nextitnet import NextItNet
+from convolution import matmul_dtype
+from nextitnet import NextItNet, wide_linear
+from processes import Share
 from pruning import Reading
+from samplers import LogUniformSampler, TargetSampler
+
+LOGITS_AT_ONCE = 1 << 26  # 256 MB, whatever the number of negatives
 
 
 def rows(weight: Tensor, ids: Tensor) -> Tensor:
@@ -21,19 +28,82 @@ def entries(bias: Tensor, ids: Tensor) -> Tensor:
     return rows(bias[:, None], ids).squeeze(1)
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`, without waiting for what the device has still to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+class SampledSoftmax(torch.autograd.Function):
+    """`SampledSoftmax.apply(hidden, own, weight, bias, hits, dtype)`: the summed loss, a scalar.
+
+    Row i's loss is logsumexp over its own logit `own[i]` and hidden[i] @ weight.T + bias, minus `own[i]`; the column
+    `hits[i]` is left out if it is not -1. hidden (N, C), own (N,), weight (S, C), bias (S,), hits (N,) int64; products
+    in `dtype`, all else in float32. Gradients are made in the same pass, so that never more than `LOGITS_AT_ONCE`
+    logits exist, and none is computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, own: Tensor, weight: Tensor, bias: Tensor, hits: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        count = max(1, min(len(hidden), LOGITS_AT_ONCE // (len(weight) + 1)))
+        buffer = hidden.new_empty(count, len(weight) + 1, dtype=torch.float32)  # own logits in column 0
+        products_weight = weight.to(dtype)
+        gradients = [torch.empty_like(hidden), torch.empty_like(own), torch.zeros_like(weight), torch.zeros_like(bias)]
+        hidden_gradient, own_gradient, weight_gradient, bias_gradient = gradients
+        total = hidden.new_zeros(())
+        for start in range(0, len(hidden), count):
+            block = slice(start, start + count)
+            inputs, own_logits, column = hidden[block].to(dtype), own[block], hits[block, None] + 1
+            logits = buffer[: len(inputs)]
+            logits[:, 0] = own_logits
+            wide_linear(inputs, products_weight, bias, logits[:, 1:])
+            hit = torch.where(column > 0, -torch.inf, own_logits[:, None])  # column 0 gets what it holds
+            logits.scatter_(1, column, hit)
+            highest = logits.amax(dim=1)
+            probabilities = torch.softmax(logits, dim=1, out=logits)
+            total += (highest - probabilities.amax(dim=1).log() - own_logits).sum()  # the highest logit's p is 1 / sum
+            own_gradient[block] = probabilities[:, 0] - 1
+            others = probabilities[:, 1:]
+            bias_gradient += others.sum(dim=0)
+            others = others.to(dtype)
+            hidden_gradient[block] = others @ products_weight
+            if dtype == weight.dtype:
+                weight_gradient.addmm_(others.t(), inputs)
+            else:
+                weight_gradient += others.t() @ inputs
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return *(each.mul_(gradient) for each in ctx.saved_tensors), None, None
+
+
 def sampled_softmax(
     hidden: Tensor, labels: Tensor, head: nn.Linear, negatives: Tensor, label_counts: Tensor, negative_counts: Tensor
 ) -> Tensor:
-    """Loss (N,) of `labels` (N,) given `hidden` (N, C) against `negatives` (S,), which all rows share.
+    """The summed loss of `labels` (N,) given `hidden` (N, C) against `negatives` (S,), which all rows share.
 
     From every logit goes the log of the count expected in the sample (`label_counts` (N,), `negative_counts` (S,));
     negatives that equal the label are left out. As tf.nn.sampled_softmax_loss.
     """
-    own = (hidden * rows(head.weight, labels)).sum(dim=1) + entries(head.bias, labels) - label_counts.log()  # (N,)
-    bias = entries(head.bias, negatives) - negative_counts.log()  # (S,)
-    others = F.linear(hidden, rows(head.weight, negatives), bias)  # (N, S)
-    others = others.masked_fill(negatives == labels[:, None], -torch.inf)
-    return torch.cat([own[:, None], others], dim=1).logsumexp(dim=1) - own
+    ids = torch.cat([labels, negatives])
+    biases = entries(head.bias, ids) - torch.cat([label_counts, negative_counts]).log()
+    sizes = [len(labels), len(negatives)]
+    (label_weight, weight), (label_bias, bias) = rows(head.weight, ids).split(sizes), biases.split(sizes)
+    own = (hidden * label_weight).sum(dim=1) + label_bias
+    places = torch.full((len(head.weight),), -1, device=ids.device)
+    places[negatives] = torch.arange(len(negatives), device=ids.device)
+    return SampledSoftmax.apply(hidden, own, weight, bias, places[labels], matmul_dtype(hidden))
+
+
+def full_softmax(hidden: Tensor, labels: Tensor, head: nn.Linear) -> Tensor:
+    """The summed cross entropy of `labels` (N,) given `hidden` (N, C) against all items."""
+    if hasattr(F, "linear_cross_entropy"):
+        return F.linear_cross_entropy(hidden, head.weight, labels, linear_bias=head.bias, reduction="sum")
+    own = (hidden * rows(head.weight, labels)).sum(dim=1) + entries(head.bias, labels)
+    return SampledSoftmax.apply(hidden, own, head.weight, head.bias, labels, matmul_dtype(hidden))
 
 
 def bpr(positive: Tensor, negative: Tensor) -> Tensor:
@@ -54,22 +124,32 @@ class NextItemLoss:
         self.sampler, self.ignored_label = sampler, ignored_label
 
     def __call__(
-        self, model: NextItNet, reading: Reading, inputs: Tensor, targets: Tensor, generator: torch.Generator
+        self,
+        model: NextItNet,
+        reading: Reading,
+        inputs: Tensor,
+        targets: Tensor,
+        generator: torch.Generator,
+        share: Share = Share(),
     ) -> Tensor:
-        hidden = model(inputs, reading).flatten(0, 1)  # (N, C), N = B * T
-        labels = torch.cat([inputs[:, 1:], targets[:, None]], dim=1).flatten()  # (N,)
-        if self.ignored_label is not None:
-            counted = labels != self.ignored_label
-            hidden, labels = hidden[counted], labels[counted]
-        head = model.head(1)
-        if self.sampler.count == self.sampler.items:
-            losses = F.cross_entropy(head(hidden), labels, reduction="none")
-        else:
-            negatives, draws = self.sampler.draw(generator)
-            negatives = negatives.to(labels.device)
+        """The mean over the batch (`inputs` (B, T), `targets` (B,)), or this process's share of that sum."""
+        device = model.head(1).weight.device
+        labels = torch.cat([inputs[:, 1:], targets[:, None]], dim=1)  # (B, T)
+        counted = labels != self.ignored_label if self.ignored_label is not None else torch.ones_like(labels) > 0
+        total = max(int(counted.sum()), 1)
+        sampled = self.sampler.count < self.sampler.items
+        negatives, draws = self.sampler.draw(generator) if sampled else (None, 0)
+        inputs, labels, counted = (share.of(tensor) for tensor in (inputs, labels, counted))
+        hidden = model(to_device(inputs, device), reading).transpose(0, 1).flatten(0, 1)  # (T * B, C)
+        labels, counted = labels.t().flatten(), counted.t().flatten()
+        if not counted.all():
+            places = counted.nonzero().squeeze(1)
+            hidden, labels = rows(hidden, to_device(places, device)), labels[places]
+        if sampled:
             counts = [self.sampler.expected_count(ids, draws) for ids in (labels, negatives)]
-            losses = sampled_softmax(hidden, labels, head, negatives, *counts)
-        return losses.sum() / max(len(losses), 1)
+            labels, negatives, *counts = (to_device(tensor, device) for tensor in (labels, negatives, *counts))
+            return sampled_softmax(hidden, labels, model.head(1), negatives, *counts) / total
+        return full_softmax(hidden, to_device(labels, device), model.head(1)) / total
 
 
 class PairLoss:
@@ -79,13 +159,22 @@ class PairLoss:
         self.compare, self.sampler, self.l2 = compare, sampler, l2
 
     def __call__(
-        self, model: NextItNet, reading: Reading, inputs: Tensor, targets: Tensor, generator: torch.Generator
+        self,
+        model: NextItNet,
+        reading: Reading,
+        inputs: Tensor,
+        targets: Tensor,
+        generator: torch.Generator,
+        share: Share = Share(),
     ) -> Tensor:
-        user = model.user_representation(inputs, reading)  # (B, C)
+        """The mean over the batch (`inputs` (B, T), `targets` (B,)) plus the penalty, or this process's share of it."""
         head = model.head(reading.task).weight
-        negatives = self.sampler.draw(targets, generator)
-        positive, negative = ((user * rows(head, ids)).sum(dim=1) for ids in (targets, negatives))  # (B,)
-        return self.compare(positive, negative).mean() + self.l2 * head.square().sum() / 2
+        total = len(targets)
+        pairs = torch.stack([targets, self.sampler.draw(targets, generator)], dim=1)  # (B, 2)
+        inputs, pairs = (to_device(share.of(tensor), head.device) for tensor in (inputs, pairs))
+        user = model.user_representation(inputs, reading)  # (B, C)
+        positive, negative = (rows(head, pairs) @ user[:, :, None]).squeeze(2).unbind(1)  # (B,)
+        return self.compare(positive, negative).sum() / total + self.l2 / share.count * head.square().sum() / 2
 
 
 Loss = NextItemLoss | PairLoss

@@ -4,11 +4,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import processes
 from data_loader import TaskData
-from nextitnet import NextItNet
+from nextitnet import NextItNet, wide_linear
 from pruning import Reading
 
 EVALUATION_BATCH = 256  # one size for all, because a matrix product's last bits may depend on the shape
+COMPARED_AT_ONCE = 8192  # scores of a row, which a CPU's cache then still holds when they are counted
+SCORES_AT_ONCE = 1 << 26  # 256 MB, whatever the number of items
 
 
 def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
@@ -17,21 +20,30 @@ def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
     So ties and NaN count against the model.
     """
     own = scores.gather(1, targets[:, None])
-    return (~(scores < own)).sum(dim=1)
+    lower = sum((part < own).sum(dim=1) for part in scores.split(COMPARED_AT_ONCE, dim=1))
+    return scores.shape[1] - lower
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # the same bits, whatever training is compiled to
 def rank_examples(
     model: NextItNet, data: TaskData, examples: np.ndarray, reading: Reading, device: torch.device
 ) -> np.ndarray:
-    """The rank of each example's target among all, in the order of `examples`."""
-    ranks = []
-    for start in range(0, len(examples), EVALUATION_BATCH):
-        inputs, targets = data.batch(examples[start : start + EVALUATION_BATCH], device)
-        scores = model.scores(inputs, reading)
-        scores[:, 0] = -torch.inf  # <UNK> is no item and no class, and nobody's target
-        ranks.append(target_ranks(scores, targets).cpu().numpy())
-    return np.concatenate(ranks)
+    """The rank of each example's target among all, in the order of `examples`; each process ranks its share."""
+    share, head = processes.own_share(), model.head(reading.task)
+    ranks = torch.zeros(len(examples), dtype=torch.int64, device=device)
+    at_once = min(EVALUATION_BATCH, max(1, SCORES_AT_ONCE // head.out_features))
+    buffer = torch.empty(at_once, head.out_features, device=device)
+    for start in range(share.number * EVALUATION_BATCH, len(examples), share.count * EVALUATION_BATCH):
+        batch = examples[start : start + EVALUATION_BATCH]
+        inputs, targets = (tensor.to(device) for tensor in data.batch(batch))
+        parts = zip(model.user_representation(inputs, reading).split(at_once), targets.split(at_once))
+        for place, (users, users_targets) in zip(range(start, start + len(batch), at_once), parts):
+            scores = buffer[: len(users)]
+            wide_linear(users, head.weight, head.bias, out=scores)
+            scores[:, 0] = -torch.inf  # <UNK> is no item and no class, and nobody's target
+            ranks[place : place + len(users)] = target_ranks(scores, users_targets)
+    return processes.total(ranks).cpu().numpy()
 
 
 def mean_reciprocal_rank(ranks: np.ndarray, k: int) -> float:

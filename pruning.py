@@ -36,6 +36,21 @@ def used_and_trained(owner: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
     return used, torch.zeros_like(used)
 
 
+class Read(torch.autograd.Function):
+    """`Read.apply(weight, used, trained)`: zero where it is not used; its gradient zero where it is not trained."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, used: Tensor, trained: Tensor) -> Tensor:
+        ctx.save_for_backward(trained)
+        # `where`, not a product: a product with 0 keeps the sign of the hidden weight, and so its trace in the bits.
+        return torch.where(used, weight, 0.0)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (trained,) = ctx.saved_tensors
+        return torch.where(trained, gradient, 0.0), None, None
+
+
 class OwnedWeight(nn.Module):
     """A weight whose every element is free or owned by one task."""
 
@@ -45,11 +60,8 @@ class OwnedWeight(nn.Module):
         self.register_buffer("owner", torch.zeros(shape, dtype=torch.uint8))
 
     def read(self, reading: Reading) -> Tensor:
-        """The weight as `reading` may see it: zero where it may not look, detached where it may not train."""
-        used, trained = used_and_trained(self.owner, reading)
-        # `where`, not a product: a product with 0 keeps the sign of the hidden weight, and so its trace in the bits.
-        weight = torch.where(used, self.weight, 0.0)
-        return torch.where(trained, weight, weight.detach())
+        """The weight as `reading` may see it: zero where it may not look, no gradient where it may not train."""
+        return Read.apply(self.weight, *used_and_trained(self.owner, reading))
 
 
 def owned_weights(model: nn.Module) -> Iterator[OwnedWeight]:

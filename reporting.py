@@ -9,6 +9,7 @@ import pandas as pd
 from torch import Tensor
 from tqdm import tqdm
 
+import processes
 from files import whole_file
 from pruning import Reading
 from settings import InputError
@@ -22,7 +23,7 @@ class Progress:
 
     def __init__(self, steps: int, step: int):
         """`step` is where a resumed run goes on, 0 otherwise."""
-        off = not sys.stderr.isatty()
+        off = not sys.stderr.isatty() or not processes.is_main()
         self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=off)
         self.steps, self.first, self.step = steps, step, step
         self.started = self.shown = time.monotonic()
@@ -82,6 +83,8 @@ class Results:
         }
         tqdm.write(result_line(row))
         self.own.append(row)
+        if not processes.is_main():
+            return
         table = pd.concat([part for part in (self.others, pd.DataFrame(self.own)) if len(part)])
         with whole_file(self.path) as file:
             table.to_csv(file, index=False)

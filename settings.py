@@ -5,6 +5,7 @@ the same name, and its comment is the flag's help.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
 import os
@@ -34,6 +35,7 @@ KINDS = {str: "TEXT", int: "INT", float: "NUMBER", bool: "true|false", tuple[int
 # What a value must satisfy, by field name, and how to say so.
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "device": (lambda v: v in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
+    "precision": (lambda v: v in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
     "seed": (lambda v: 0 <= v < 2**63, "a whole number from 0 to 2^63 - 1"),
     "batch_size": (lambda v: v >= 1, "at least 1"),
     "epochs": (lambda v: v >= 1, "at least 1"),
@@ -123,22 +125,37 @@ def printable(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
+def group_of(hyperparameters: Any) -> contextlib.AbstractContextManager:
+    """Nothing, unless torchrun started several processes of a script that trains or scores."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not hasattr(hyperparameters, "device"):
+        return contextlib.nullcontext()
+    import processes  # only now, as it loads torch
+
+    return processes.group(hyperparameters.device)
+
+
 def run(main: Callable[[Any], int | None], block: type, about: str) -> NoReturn:
     """Runs a script's `main` with its hyperparameters and ends the process: 0, 2 for bad input, 130 for Ctrl-C.
 
     Ctrl-C during training does not come here: training takes it as the end of training.
     """
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # of the processes that torchrun starts, which all meet the same
     sys.stdout.reconfigure(line_buffering=True)  # so that a log file or a pipe gets each line when it is printed
     try:
-        sys.exit(main(from_command_line(block, about)) or 0)
+        hyperparameters = from_command_line(block, about)
+        with group_of(hyperparameters):
+            code = main(hyperparameters)
+        sys.exit(code or 0)
     except NothingToDo as done:
-        print(done)
+        if speaks:
+            print(done)
         sys.exit(0)
     except BrokenPipeError:  # what read the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if speaks or not isinstance(error, InputError):
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):

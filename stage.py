@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import checkpoint
+import processes
 import pruning
 from data_loader import TaskData
 from files import lock_folder
@@ -25,7 +26,7 @@ class Stage:
     def __init__(self, hp: Any, reading: Reading, data: TaskData):
         """Raises InputError if the stage before is missing or does not fit, NothingToDo if this one is finished."""
         self.hp, self.reading, self.data = hp, reading, data
-        self.lock = lock_folder(hp.checkpoint_dir)
+        self.lock = lock_folder(hp.checkpoint_dir) if processes.is_main() else None
         self.path = checkpoint.path_of(hp.checkpoint_dir, *reading)
         self.snapshot_path = checkpoint.snapshot_of(self.path)
         self.before: dict[str, Any] | None = None  # the checkpoint that the stage starts from
@@ -116,7 +117,7 @@ class Stage:
         return content["state"]
 
     def remove_snapshot(self) -> None:
-        if os.path.exists(self.snapshot_path):
+        if processes.is_main() and os.path.exists(self.snapshot_path):
             os.remove(self.snapshot_path)
 
     def write_checkpoint(self, model: NextItNet, facts: dict[str, Any], scores: dict[str, dict]) -> None:

@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
 import metrics
+import processes
 import pruning
 from data_loader import TaskData
 from losses import Loss
@@ -23,6 +26,22 @@ from settings import InputError, printable
 from stage import Stage
 
 BETA2, ADAM_EPS = 0.999, 1e-8  # the original's, which are Adam's defaults
+
+
+# Of the matrix products; weights, sums and losses stay float32.
+PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def adam(parameters: list[nn.Parameter], learning_rate: float, beta1: float) -> torch.optim.Adam:
+    """Fused, which makes no copies of the large tables."""
+    return torch.optim.Adam(parameters, lr=learning_rate, betas=(beta1, BETA2), eps=ADAM_EPS, fused=True)
+
+
+def make_deterministic(device: torch.device) -> None:
+    """On the CPU the same bits each time, which a resumed run promises."""
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 @dataclass
@@ -42,15 +61,16 @@ class Run:
         self.hp, self.reading, self.data, self.metric = hp, reading, data, metric
         self.device = pick_device(hp.device)
         self.stage = Stage(hp, reading, data)
-        if self.device.type == "cpu":  # the same bits each time, which a resumed run promises
-            torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False
+        make_deterministic(self.device)
         torch.manual_seed(hp.seed)
         self.model = self.stage.start_model().to(self.device)
         self.trained = self.model.train_only(reading)
-        self.optimiser = torch.optim.Adam(self.trained, lr=hp.learning_rate, betas=(hp.beta1, BETA2), eps=ADAM_EPS)
+        on_gpu = self.device.type == "cuda"
+        self.precision = PRECISIONS[hp.precision] or (torch.bfloat16 if on_gpu else torch.float32)
+        self.optimiser = adam(self.trained, hp.learning_rate, hp.beta1)
         self.generator = torch.Generator().manual_seed(hp.seed)
         self.step, self.epoch, self.seconds = 0, 0.0, 0.0  # trained so far; evaluation is not counted
+        self.loss = torch.zeros(())
         self.best = Best()
         self.stop = StopRequest()
         self.scores: dict[str, dict[str, dict[str, float]]] = {}  # stage → split → scores, for the checkpoint
@@ -58,6 +78,7 @@ class Run:
         self.announce()
         if state := self.stage.read_snapshot():
             self.resume(state)
+        processes.wait()  # until all have read what the first one is about to write over
 
     def announce(self) -> None:
         """Prints settings, data, parameter counts, device and versions."""
@@ -70,50 +91,71 @@ class Run:
         frozen = sum(int((~pruning.used_and_trained(owner, self.reading)[1]).sum()) for owner in owners)
         trained = sum(parameter.numel() for parameter in self.trained) - frozen
         print(f"parameters: {total:,}, of which this stage trains {trained:,}")
-        threads = f" ({torch.get_num_threads()} threads)" if self.device.type == "cpu" else ""
-        print(f"device: {self.device.type}{threads}")
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        count = processes.own_share().count
+        several = f"; {count} processes" if count > 1 else ""
+        print(f"device: {self.device.type}{threads}; {str(self.precision).removeprefix('torch.')}{several}")
         print("versions:", ", ".join(" ".join(version) for version in checkpoint.versions().items()))
 
     def train(self, loss: Loss) -> None:
         """Adam over `epochs`, evaluating every `eval_every` steps; keeps the state that is best on validation.
 
-        Ctrl-C ends training as if it had converged. InputError if the loss is not finite, with the last snapshot kept.
+        Ctrl-C ends training as if it had converged. InputError if the loss is not finite.
         """
         steps_per_epoch = -(-len(self.data.splits["train"]) // self.hp.batch_size)
         steps = self.hp.epochs * steps_per_epoch
         eval_every = self.hp.eval_every or steps_per_epoch
-        self.stop.listen()
+        objective = self.objective(loss)
+        if processes.own_share().count == 1:  # several could not agree on the step at which to stop
+            self.stop.listen()
         if self.step == 0:
             self.consider()
         saved = time.monotonic()
         with Progress(steps, self.step) as progress:
             for batch in self.batches(steps_per_epoch):
                 started = time.perf_counter()
-                value = loss(self.model, self.reading, *self.data.batch(batch, self.device), self.generator)
-                if not math.isfinite(value.item()):
-                    raise InputError(self.stage.diverged(value.item(), self.step + 1))
-                self.optimiser.zero_grad()
-                value.backward()
-                self.optimiser.step()
-                self.seconds += time.perf_counter() - started
-                self.step += 1
+                self.take_step(objective, batch)
                 self.epoch = round(self.step / steps_per_epoch, 4)
-                progress.advance(value)
+                progress.advance(self.loss)
                 evaluating = self.step % eval_every == 0 or self.step == steps or self.stop.requested
+                snapshot = evaluating or 0 < self.hp.snapshot_minutes <= (time.monotonic() - saved) / 60
+                if snapshot:
+                    self.check_loss()
+                self.seconds += time.perf_counter() - started
                 if evaluating:
                     self.consider()
-                minutes = (time.monotonic() - saved) / 60
-                if evaluating or 0 < self.hp.snapshot_minutes <= minutes:
+                if snapshot:
                     self.snapshot()
                     saved = time.monotonic()
                 if self.stop.requested:
-                    tqdm.write(
-                        f"stopped by Ctrl-C after epoch {self.epoch:g}: the best state so far is kept as the stage's "
-                        "result (a second Ctrl-C leaves the stage unfinished, to go on another time)"
-                    )
+                    self.stop.announce(self.epoch)
                     break
         self.restore_best()
         self.report(self.reading.stage, ("test",))
+
+    def objective(self, loss: Loss) -> nn.Module:
+        """What gives a batch's loss, and the gradients that all processes share."""
+        if self.hp.compile and can_compile(self.device):
+            self.model.states = torch.compile(self.model.states)
+        objective = Objective(loss, self.model, self.reading, self.generator, self.precision)
+        if processes.own_share().count > 1:
+            objective = DistributedDataParallel(objective, forward_sync_buffers=False, gradient_as_bucket_view=True)
+        return objective
+
+    def take_step(self, objective: nn.Module, batch: np.ndarray) -> None:
+        """One step of Adam; leaves the whole batch's loss, which the device may still be computing, in `loss`."""
+        value = objective(*self.data.batch(batch))
+        self.optimiser.zero_grad()
+        (value * processes.own_share().count).backward()  # as the processes' gradients are averaged
+        self.optimiser.step()
+        self.check_loss()  # the last step's, so that a GPU has this one to do meanwhile
+        self.loss = processes.total(value.detach())
+        self.step += 1
+
+    def check_loss(self) -> None:
+        """InputError if the loss is not finite, with the last snapshot kept."""
+        if not math.isfinite(self.loss.item()):
+            raise InputError(self.stage.diverged(self.loss.item(), self.step))
 
     def batches(self, steps_per_epoch: int) -> Iterator[np.ndarray]:
         """Every training example once an epoch, in a new order each time, from the run's present step on."""
@@ -150,6 +192,8 @@ class Run:
 
     def snapshot(self) -> None:
         """Writes all that the run consists of at this step, for `resume`."""
+        if not processes.is_main():
+            return
         state = {
             "trained": [parameter.detach() for parameter in self.trained],
             "best": vars(self.best),
@@ -199,8 +243,26 @@ class Run:
     def save(self) -> None:
         """Writes the stage's checkpoint and says what to run next."""
         facts = {"metric": self.metric, "top_k": self.hp.top_k, "epoch": self.epoch, "seconds": self.seconds}
-        self.stage.write_checkpoint(self.model, facts, self.scores)
+        if processes.is_main():
+            self.stage.write_checkpoint(self.model, facts, self.scores)
         self.stop.end()
+
+
+class Objective(nn.Module):
+    """A process's share of the loss of a batch, as the module that DistributedDataParallel wants."""
+
+    def __init__(
+        self, loss: Loss, model: nn.Module, reading: Reading, generator: torch.Generator, precision: torch.dtype
+    ):
+        super().__init__()
+        self.loss, self.model, self.reading, self.generator = loss, model, reading, generator
+        self.precision = precision
+
+    def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """`inputs` (B, T) and `targets` (B,) of the whole batch, on the CPU."""
+        device = next(self.model.parameters()).device
+        with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
+            return self.loss(self.model, self.reading, inputs, targets, self.generator, processes.own_share())
 
 
 class StopRequest:
@@ -208,6 +270,7 @@ class StopRequest:
     one raises as usual."""
 
     requested = False
+    before = signal.default_int_handler
 
     def listen(self) -> None:
         self.before = signal.signal(signal.SIGINT, self.note)
@@ -216,8 +279,24 @@ class StopRequest:
         self.requested = True
         self.end()
 
+    def announce(self, epoch: float) -> None:
+        tqdm.write(
+            f"stopped by Ctrl-C after epoch {epoch:g}: the best state so far is kept as the stage's result (a second "
+            "Ctrl-C leaves the stage unfinished, to go on another time)"
+        )
+
     def end(self) -> None:
         signal.signal(signal.SIGINT, self.before)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works here, shown by a trial; says why if not."""
+    try:
+        torch.compile(torch.neg)(torch.ones(2, device=device))
+    except RuntimeError as error:
+        print(f"goes on without torch.compile, which does not work here: {str(error).splitlines()[0]}")
+        return False
+    return True
 
 
 def pick_device(name: str) -> torch.device:

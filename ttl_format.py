@@ -5,18 +5,25 @@ or white space at its ends. A byte-order mark, Windows line ends, a comma at the
 missing last newline change nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import numpy as np
 import pandas as pd
 
 from settings import InputError
 
+T = TypeVar("T")
+
 CHUNK_BYTES = 16 << 20
 MAX_TOKEN_BYTES = 256  # longer ones are no item ids, and would slow down the comparison of all others
 MAX_LINE_TOKENS = 10_000  # all rows are padded to the longest, so one freak line would take all memory
+MAX_NUMBER = 1 << 24  # of the table that numbers are looked up in, 64 MB
+EIGHT = np.uint64(0x0101010101010101)  # times a byte: that byte eight times
+LOWEST_BYTES = np.array([(1 << 8 * n) - 1 for n in range(9)], dtype=np.uint64)  # masks of the n lowest bytes
+MAX_LINE_BYTES = MAX_LINE_TOKENS * (MAX_TOKEN_BYTES + 1)
 COMMA, NEWLINE, TAB, RETURN, SPACE = b",\n\t\r "
 
 
@@ -28,16 +35,7 @@ class Lines:
     starts: np.ndarray
     lengths: np.ndarray  # in bytes, none of them 0
     rows: np.ndarray  # which line, from 0
-    is_source: np.ndarray  # part of the sequence, not a target
-
-    def encode(self, chosen: np.ndarray, ids_of) -> np.ndarray:
-        """Ids of the chosen tokens; `ids_of` maps a list of distinct tokens, in order of first appearance."""
-        starts, lengths = self.starts[chosen], self.lengths[chosen]
-        codes = factorize(self.text, starts, lengths)
-        first = np.flatnonzero(np.diff(np.maximum.accumulate(codes), prepend=-1))
-        text = self.text.tobytes()
-        distinct = [text[s : s + n].decode() for s, n in zip(starts[first].tolist(), lengths[first].tolist())]
-        return ids_of(distinct)[codes]
+    is_source: np.ndarray | slice  # part of the sequence, not a target; a slice if all are
 
     def pad(self, ids: np.ndarray) -> np.ndarray:
         """(lines, longest) int32: the ids of the source tokens, with -1 on the left of shorter lines."""
@@ -51,18 +49,67 @@ class Lines:
         return padded
 
 
-def factorize(text: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """A number for each token, equal for equal tokens, counting up from 0 in order of first appearance.
+class Encoder:
+    """Ids of tokens; remembers those of numbers in a table, so that no known number becomes a Python object."""
 
-    Compares eight bytes at a time as one integer, so that no token becomes a Python object.
-    """
-    masks = np.array([(1 << 8 * n) - 1 for n in range(9)], dtype=np.uint64)
+    def __init__(self, ids_of: Callable[[list[str]], np.ndarray]):
+        """`ids_of` gives the ids (n,) int32 of n distinct tokens, in order of first appearance."""
+        self.ids_of = ids_of
+        self.table = np.empty(0, np.int32)  # number → id, -1 if it was not seen yet
+
+    def encode(self, lines: Lines, chosen: np.ndarray | slice) -> np.ndarray:
+        """Ids (n,) int32 of the chosen tokens, which come in file order."""
+        starts, lengths = lines.starts[chosen], lines.lengths[chosen]
+        numbers = as_numbers(eight_bytes(lines.text, starts, lengths), lengths)
+        if numbers is None or (highest := int(numbers.max())) > MAX_NUMBER:
+            codes = factorize(lines.text, starts, lengths)
+            first = np.flatnonzero(np.diff(np.maximum.accumulate(codes), prepend=-1))
+            text = lines.text.tobytes()
+            distinct = [text[s : s + n].decode() for s, n in zip(starts[first].tolist(), lengths[first].tolist())]
+            return self.ids_of(distinct)[codes]
+        if highest >= len(self.table):
+            self.table = np.pad(self.table, (0, highest + 1 - len(self.table)), constant_values=-1)
+        ids = self.table[numbers]
+        unseen = np.flatnonzero(ids < 0)
+        if len(unseen):
+            new = pd.unique(numbers[unseen])
+            self.table[new] = self.ids_of(new.astype(str).tolist())
+            ids[unseen] = self.table[numbers[unseen]]
+        return ids
+
+
+def eight_bytes(text: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The first eight bytes from each start as one integer, with zeros behind shorter tokens."""
     padded = np.concatenate([text, np.zeros(8, np.uint8)])
     words = np.ndarray(len(text) + 1, dtype="<u8", buffer=padded, strides=(1,))  # the 8 bytes from each position on
+    return words[starts] & LOWEST_BYTES[np.minimum(lengths, 8)]
+
+
+def as_numbers(words: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
+    """The numbers whose decimal digits the words are; None unless all tokens are such, with no zero in front.
+
+    Then equal numbers are equal tokens. All eight digits of a word are added up in three steps.
+    """
+    leading_zero = ((words & np.uint64(0xFF)) == ord("0")) & (lengths > 1)
+    if lengths.max() > 8 or leading_zero.any():
+        return None
+    digits = (words ^ (EIGHT * np.uint64(ord("0")) & LOWEST_BYTES[lengths])) << (8 * (8 - lengths)).astype(np.uint64)
+    if ((digits | (digits + EIGHT * np.uint64(0x76))) & (EIGHT * np.uint64(0x80))).any():  # a byte above 9
+        return None
+    for width, mask in ((1, 0x00FF00FF00FF00FF), (2, 0x0000FFFF0000FFFF), (4, 0x00000000FFFFFFFF)):
+        higher = digits >> np.uint64(8 * width)
+        digits *= np.uint64(10**width)
+        digits += higher
+        digits &= np.uint64(mask)
+    return digits.astype(np.int64)
+
+
+def factorize(text: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """A number for each token, equal for equal tokens, counting up from 0 in order of first appearance."""
     codes = np.zeros(len(starts), np.int64)
     for offset in range(0, lengths.max(), 8):
-        word = words[np.minimum(starts + offset, len(text))] & masks[np.clip(lengths - offset, 0, 8)]
-        word_codes, distinct = pd.factorize(word)
+        words = eight_bytes(text, np.minimum(starts + offset, len(text)), np.maximum(lengths - offset, 0))
+        word_codes, distinct = pd.factorize(words)
         codes = pd.factorize(codes * len(distinct) + word_codes)[0] if offset else word_codes
     return codes
 
@@ -71,8 +118,8 @@ def read_lines(path: str, with_targets: bool, digest) -> Iterator[Lines]:
     """The file in chunks of whole lines, checked; `digest` is fed its bytes. InputError names file and line."""
     found = False
     try:
-        for first_line, chunk in chunks_of_lines(path, digest):
-            lines = split_lines(chunk, first_line, with_targets, path)
+        chunks = chunks_of_lines(path, digest)
+        for lines in one_ahead(split_lines(*chunk, with_targets, path) for chunk in chunks):
             if lines is not None:
                 found = True
                 yield lines
@@ -82,24 +129,36 @@ def read_lines(path: str, with_targets: bool, digest) -> Iterator[Lines]:
         raise InputError(f"{path} is empty: it must hold one line a user")
 
 
-def chunks_of_lines(path: str, digest) -> Iterator[tuple[int, bytes]]:
+def one_ahead(values: Iterator[T]) -> Iterator[T]:
+    """The same values; while one is used, another thread makes the next."""
+    end = object()
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, values, end)
+        while (value := coming.result()) is not end:
+            coming = thread.submit(next, values, end)
+            yield value
+
+
+def chunks_of_lines(path: str, digest) -> Iterator[tuple[bytes, int]]:
     """Pieces of the file that end with a line, each with the number of its first line."""
     line, rest = 1, []
     with open(path, "rb") as file:
         while block := file.read(CHUNK_BYTES):
             digest.update(block)
+            if len(rest) > MAX_LINE_BYTES // CHUNK_BYTES + 1:
+                raise InputError(f"{path}, line {line}: longer than {MAX_LINE_BYTES:,} bytes, so this is no task file")
             if line == 1 and not rest:
                 block = block.removeprefix(b"\xef\xbb\xbf")
             cut = block.rfind(b"\n") + 1
             rest.append(block[:cut])
             if cut:
                 chunk = b"".join(rest)
-                yield line, chunk
+                yield chunk, line
                 line += chunk.count(b"\n")
                 rest = []
             rest.append(block[cut:])
     if last := b"".join(rest):
-        yield line, last + b"\n"
+        yield last + b"\n", line
 
 
 class Refusal:
@@ -122,31 +181,35 @@ def split_lines(chunk: bytes, first_line: int, with_targets: bool, path: str) ->
     """The tokens of a chunk that ends with a line; None if all its lines are empty."""
     text, refuse = np.frombuffer(chunk, np.uint8), Refusal(path, first_line, chunk)
     check_characters(text, refuse)
-    ends = np.flatnonzero((text == COMMA) | (text == NEWLINE))
-    starts = np.concatenate([[0], ends[:-1] + 1])
+    ends = np.flatnonzero((text == COMMA) | (text == NEWLINE)).astype(np.int32)
+    starts = np.concatenate([ends[:1] * 0, ends[:-1] + 1])
     closes_line = text[ends] == NEWLINE
-    rows = np.cumsum(closes_line) - closes_line
+    rows = np.cumsum(closes_line, dtype=np.int32) - closes_line
+    places = np.arange(rows[-1] + 1)  # which line of the chunk each row is
     if (longest := np.bincount(rows)).max() > MAX_LINE_TOKENS:
         refuse.line(int(longest.argmax()), f"more than {MAX_LINE_TOKENS:,} tokens")
-    if (text <= SPACE).sum() > closes_line.sum():
+    if np.count_nonzero(text <= SPACE) > len(longest):
         starts, ends = strip(text, starts, ends, refuse)
     lengths = ends - starts
     if lengths.max() > MAX_TOKEN_BYTES:
         refuse.byte(int(starts[lengths.argmax()]), f"a token of more than {MAX_TOKEN_BYTES} bytes")
-    # An empty line is its one empty token; a comma at the end of a line leaves one empty token too.
-    kept = ~((lengths == 0) & closes_line)
-    if not kept.any():
-        return None
-    places, rows = np.unique(rows[kept], return_inverse=True)  # places: of the lines that are not empty
-    starts, lengths = starts[kept], lengths[kept]
+    if not lengths.all():
+        # An empty line is its one empty token; a comma at the end of a line leaves one empty token too.
+        kept = (lengths > 0) | ~closes_line
+        if not kept.any():
+            return None
+        rows, starts, lengths = rows[kept], starts[kept], lengths[kept]
+        opens_line = np.diff(rows, prepend=-1) > 0
+        places, rows = rows[opens_line], np.cumsum(opens_line, dtype=np.int32) - 1
     empty = lengths == 0
     if with_targets:
         is_source = source_tokens(rows, empty, places, refuse)[~empty]
     elif empty.any():
         refuse.line(places[rows[empty.argmax()]], "an empty item (`,,` belongs to the files of tasks 2 and later)")
     else:
-        is_source = np.ones(len(rows), bool)
-    return Lines(text, starts[~empty], lengths[~empty], rows[~empty], is_source)
+        is_source = slice(None)
+    tokens = ~empty if empty.any() else slice(None)
+    return Lines(text, starts[tokens], lengths[tokens], rows[tokens], is_source)
 
 
 def check_characters(text: np.ndarray, refuse: Refusal) -> None:

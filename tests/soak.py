@@ -255,9 +255,7 @@ def forgetting(folder: Path, users: int) -> dict[str, int]:
         subprocess.run(script, check=True, stdout=subprocess.DEVNULL)
         content, _ = checkpoint.load(checkpoint.path_of(str(folder / "checkpoints"), task, stage))
         model, items = checkpoint.build_model(content), data_loader.Vocabulary.from_tensor(content["items"])
-        inputs, _ = data_loader.load_examples(str(data / files[4]), 0.5, items).batch(
-            np.arange(200), torch.device("cpu")
-        )
+        inputs, _ = data_loader.load_examples(str(data / files[4]), 0.5, items).batch(np.arange(200))
         for earlier in range(1, task + 1):
             with torch.no_grad():
                 scores = model.scores(inputs, Reading(earlier, "inference"))

@@ -10,8 +10,10 @@ import torch
 from conftest import ROOT
 
 import data_loader
+import samplers
 import ttl_format
-from data_loader import LogUniformSampler, TargetSampler, Vocabulary
+from data_loader import Vocabulary
+from samplers import LogUniformSampler, TargetSampler
 from settings import InputError
 
 MOVIELENS = ROOT.parent / "shared" / "data"
@@ -53,6 +55,48 @@ def test_short_rows_are_padded_on_the_left_and_zero_is_the_last_item_if_the_file
 )  # fmt: skip
 def test_files_are_read_as_anyone_would_mean_them(tmp_path, content):
     assert tokens(sequences(tmp_path, content)) == [list("123"), list("456"), list("789"), list("123")]
+
+
+def same(one: data_loader.TaskData, other: data_loader.TaskData) -> bool:
+    return all(
+        np.array_equal(a, b)
+        if isinstance(a, np.ndarray)
+        else a.tokens == b.tokens
+        if isinstance(a, Vocabulary)
+        else a == b
+        for a, b in zip(
+            [value for name, value in vars(one).items() if name != "splits"],
+            [value for name, value in vars(other).items() if name != "splits"],
+        )
+    )
+
+
+def test_a_large_file_is_read_once_and_then_from_its_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_loader, "CACHE_FROM_BYTES", 0)
+    first = sequences(tmp_path, "7,8,9\n8,x\n9\n7,7\n")
+    later = tmp_path / "task2.csv"
+    later.write_text("7,8,,a,b\n9,,b\n7,,a\n")
+    examples = data_loader.load_examples(str(later), 0.5, first.items)
+    (kept,) = (tmp_path / ".cache").glob("task1.csv.*.pt")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(data_loader, "encode", None)  # not called
+        assert same(data_loader.load_sequences(str(tmp_path / "task1.csv"), 0.5), first)
+        assert same(data_loader.load_examples(str(later), 0.5, first.items), examples)
+
+    other = Vocabulary(["<UNK>", "9", "7", "0"])  # the same file in other ids
+    assert data_loader.load_examples(str(later), 0.5, other).rows.tolist() == [[2, 0, 0], [3, 1, 0], [3, 2, 0]]
+    kept.write_bytes(kept.read_bytes()[:-100] + b"?" * 100)
+    assert same(data_loader.load_sequences(str(tmp_path / "task1.csv"), 0.5), first)  # damaged: read anew
+    (tmp_path / "task1.csv").write_text("7,8,8\n8,x\n9\n7,7\n")
+    assert data_loader.load_sequences(str(tmp_path / "task1.csv"), 0.5).digest != first.digest
+
+
+def test_without_room_for_a_cache_the_data_is_read_all_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data_loader, "CACHE_FROM_BYTES", 0)
+    (tmp_path / ".cache").write_text("a file where the folder should be")
+    assert len(sequences(tmp_path, "1,2\n2,3\n3,4\n4,5\n").rows) == 4
+    assert "the next start will read" in capsys.readouterr().out
 
 
 def test_later_tasks_give_one_example_for_each_target(tmp_path):
@@ -146,7 +190,7 @@ def test_target_negatives_follow_the_probabilities_and_are_never_the_positive():
 
 
 def test_a_sharp_sampler_has_probabilities():
-    probabilities = data_loader.static_probabilities(np.array([1, 2, 2, 3]), 4, rho=1e-7)
+    probabilities = samplers.static_probabilities(np.array([1, 2, 2, 3]), 4, rho=1e-7)
     assert probabilities.tolist() == [0, 1, 0]
 
 

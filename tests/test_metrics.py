@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+import data_loader
 import metrics
+import nextitnet
+from nextitnet import NextItNet
+from pruning import Reading
 
 
 def test_ranks_count_every_other_score_that_is_not_lower():
@@ -21,6 +25,29 @@ def test_ranks_count_every_other_score_that_is_not_lower():
     ]
     assert metrics.target_ranks(scores, targets).tolist() == expected
     assert expected[4] == 12  # a target without a score is the last
+
+
+@pytest.mark.parametrize("task", [1, 2])
+def test_ranks_by_blocks_are_those_of_all_scores_at_once(monkeypatch, task):
+    """Whatever the sizes of the blocks, `<UNK>` is left out and the rows keep their order."""
+    torch.manual_seed(1)
+    model = NextItNet(items=50, channels=8, dilations=[1, 4], kernel_size=3)
+    model.add_head(2, 31)
+    inputs, targets = torch.randint(50, (40, 12)), torch.randint(1, 31, (40,))
+    vocabulary = data_loader.Vocabulary()
+    data = data_loader.TaskData(
+        "", "", inputs.int().numpy(), np.arange(40), targets.int().numpy(), vocabulary, vocabulary, -1, 0, 0, {}
+    )
+    monkeypatch.setattr(metrics, "EVALUATION_BATCH", 16)
+    monkeypatch.setattr(metrics, "SCORES_AT_ONCE", 200)
+    monkeypatch.setattr(metrics, "COMPARED_AT_ONCE", 7)
+    monkeypatch.setattr(nextitnet, "CPU_COLUMNS", 9)
+    reading, examples = Reading(task, "inference"), np.random.RandomState(1).permutation(40)
+    ranks = metrics.rank_examples(model, data, examples, reading, torch.device("cpu"))
+    with torch.no_grad():
+        scores = model.scores(inputs, Reading(task, "inference"))[:, 1:]
+    better = (scores > scores.gather(1, targets[:, None] - 1)).sum(dim=1).numpy()
+    assert (ranks == 1 + better[examples]).all()
 
 
 def test_a_model_that_scores_all_alike_is_right_about_nothing():

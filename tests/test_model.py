@@ -5,10 +5,13 @@ import torch
 import torch.nn.functional as F
 
 import losses
+import nextitnet
 import pruning
-from data_loader import LogUniformSampler, TargetSampler, uniform_probabilities
+import training
+from convolution import connect, plan
 from nextitnet import CausalConv, NextItNet
 from pruning import Reading
+from samplers import LogUniformSampler, TargetSampler, uniform_probabilities
 
 
 def small_model(positions: int = 0, tasks: int = 3) -> NextItNet:
@@ -30,13 +33,39 @@ def test_no_position_sees_a_later_item():
         assert difference[changed]
 
 
-@pytest.mark.parametrize("kernel_size, dilation", [(1, 1), (2, 3), (3, 1), (5, 2)])
+@pytest.mark.parametrize("kernel_size, dilation", [(1, 1), (2, 3), (3, 1), (5, 2), (3, 40)])
 def test_causal_conv_is_torchs_dilated_convolution(kernel_size, dilation):
-    conv, x = CausalConv(6, kernel_size, dilation), torch.randn(2, 9, 6)
+    conv, x = CausalConv(6, kernel_size), torch.randn(9, 2, 6, requires_grad=True)
+    every = list(range(9))
+    ours = conv(x, Reading(1, "tp"), connect(every, every, dilation, kernel_size, x.device))
     weight = conv.weight.permute(2, 1, 0)  # (C_out, C_in, K), tap 0 the oldest as here
-    padded = F.pad(x.transpose(1, 2), ((kernel_size - 1) * dilation, 0))
-    expected = F.conv1d(padded, weight, dilation=dilation).transpose(1, 2)
-    torch.testing.assert_close(conv(x, Reading(1, "tp")), expected, rtol=0, atol=1e-6)
+    padded = F.pad(x.permute(1, 2, 0), ((kernel_size - 1) * dilation, 0))
+    theirs = F.conv1d(padded, weight, dilation=dilation).permute(2, 0, 1)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    upstream = torch.randn(9, 2, 6)
+    gradients = [torch.autograd.grad(out, (x, conv.weight), upstream) for out in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dilations", [[1, 4, 1, 4], [2, 3], [5, 1, 2], [1], []])
+@pytest.mark.parametrize("kernel_size, time", [(3, 51), (3, 7), (2, 40), (1, 5), (4, 1)])
+def test_the_last_state_alone_is_that_of_all(dilations, kernel_size, time):
+    torch.manual_seed(1)
+    model, ids = NextItNet(50, 8, dilations, kernel_size, positions=6), torch.randint(50, (4, time))
+    upstream, gradients = torch.randn(4, 8), []
+    for hidden in (model(ids, Reading(1, "tp"))[:, -1], model.user_representation(ids, Reading(1, "tp"))):
+        model.zero_grad()
+        hidden.backward(upstream)
+        trained = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+        gradients.append([hidden, *trained])
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
+
+
+def test_the_last_state_alone_takes_1_3_7_15_31_47_positions():
+    _, blocks = plan((1, 4) * 4, 3, 51, True, torch.device("cpu"))
+    counts = [connection.outputs for block in reversed(blocks) for connection in (block.conv2, block.conv1)]
+    assert counts[:6] == [1, 3, 7, 15, 31, 47]
+    assert sum(counts) == 614  # of 16 * 51
 
 
 def test_positions_count_from_the_right_and_repeat_the_first():
@@ -117,18 +146,19 @@ def test_a_task_is_pruned_once_and_never_from_nothing():
 
 
 @pytest.mark.parametrize("reading", [Reading(2, "tp"), Reading(2, "ret")])
-def test_training_moves_only_what_the_stage_trains(reading):
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_training_moves_only_what_the_stage_trains(reading, precision):
     model = small_model()
     pruning.prune(model, 1, [0.7])
     if reading.stage == "ret":
         pruning.prune(model, 2, [0.7, 0.7])
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    adam = torch.optim.Adam(model.train_only(reading), lr=0.1)
+    adam = training.adam(model.train_only(reading), learning_rate=0.1, beta1=0.9)
     loss = losses.PairLoss(losses.bpr, TargetSampler(uniform_probabilities(7)), l2=0.1)
-    generator = torch.Generator().manual_seed(1)
+    objective = training.Objective(loss, model, reading, torch.Generator().manual_seed(1), precision)
     for _ in range(3):
         adam.zero_grad()
-        loss(model, reading, torch.randint(50, (4, 12)), torch.randint(1, 7, (4,)), generator).backward()
+        objective(torch.randint(50, (4, 12)), torch.randint(1, 7, (4,))).backward()
         adam.step()
     after = model.state_dict()
     for name, value in before.items():
@@ -138,6 +168,21 @@ def test_training_moves_only_what_the_stage_trains(reading):
             assert (after[name][trained] != value[trained]).any()
         else:
             assert torch.equal(after[name], value) == (name != "heads.2.weight"), name
+
+
+@pytest.mark.parametrize("negative_fraction", [0.5, 1.0])
+def test_bfloat16_products_are_near_those_of_float32(negative_fraction):
+    model, reading = small_model(), Reading(1, "tp")
+    batch = torch.randint(1, 50, (16, 12)), torch.randint(1, 50, (16,))
+    found = []
+    for precision in (torch.float32, torch.bfloat16):
+        loss = losses.NextItemLoss(LogUniformSampler(50, negative_fraction), None)
+        objective = training.Objective(loss, model, reading, torch.Generator().manual_seed(1), precision)
+        value = objective(*batch)
+        found.append([value, *torch.autograd.grad(value, model.train_only(reading), allow_unused=True)[:-2]])
+    assert all(each.dtype == torch.float32 for each in found[1])
+    assert all(0 < (near - exact).norm() <= 0.15 * exact.norm() for exact, near in list(zip(*found))[1:])
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-3, atol=0)
 
 
 def test_full_softmax_and_ignored_labels():
@@ -152,7 +197,30 @@ def test_full_softmax_and_ignored_labels():
     assert nothing == 0
 
 
+def plain_sampled_softmax(hidden, labels, head, negatives, label_counts, negative_counts):
+    """As losses.sampled_softmax, with all logits at once."""
+    own = (hidden * head.weight[labels]).sum(dim=1) + head.bias[labels] - label_counts.log()
+    others = hidden @ head.weight[negatives].T + head.bias[negatives] - negative_counts.log()
+    others = others.masked_fill(negatives == labels[:, None], -torch.inf)
+    return (torch.cat([own[:, None], others], dim=1).logsumexp(dim=1) - own).sum()
+
+
+@pytest.mark.parametrize("at_once", [1, 60, 1 << 26])
+def test_sampled_softmax_in_blocks_is_that_of_all_logits_at_once(monkeypatch, at_once):
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(nextitnet, "CPU_COLUMNS", 7)
+    torch.manual_seed(1)
+    head, hidden = small_model().head(1), (5 * torch.randn(9, 8)).requires_grad_()
+    labels, negatives = torch.tensor([3, 3, 49, 0, 7, 8, 9, 1, 2]), torch.tensor([7, 3, 20, 21, 22, 23, 1, 24, 25, 49])
+    counts = torch.rand(9), torch.rand(10)
+    results = []
+    for function in (losses.sampled_softmax, plain_sampled_softmax):
+        loss = function(hidden, labels, head, negatives, *counts)
+        results.append([loss, *torch.autograd.grad(3 * loss, (hidden, head.weight, head.bias))])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
 def test_sampled_softmax_of_all_items_at_equal_counts_is_the_full_softmax():
     head, hidden, labels = small_model().head(1), torch.randn(9, 8), torch.randint(50, (9,))
-    each = losses.sampled_softmax(hidden, labels, head, torch.arange(50), torch.ones(9), torch.ones(50))
-    torch.testing.assert_close(each, F.cross_entropy(head(hidden), labels, reduction="none"))
+    ours = losses.sampled_softmax(hidden, labels, head, torch.arange(50), torch.ones(9), torch.ones(50))
+    torch.testing.assert_close(ours, F.cross_entropy(head(hidden), labels, reduction="sum"))

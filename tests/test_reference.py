@@ -18,6 +18,7 @@ import data_loader
 import losses
 import metrics
 import pruning
+import samplers
 from nextitnet import LAYER_NORM_EPS, NextItNet
 from pruning import Reading
 
@@ -92,12 +93,12 @@ class Recording:
         """The loss that the stage trains, with the recorded negatives in place of drawn ones."""
         if task == 1:
             return losses.NextItemLoss(RecordedNegatives(self, stage), ignored_label=None)
-        negatives = data_loader.TargetSampler(data_loader.uniform_probabilities(self.config["target_sizes"][task - 2]))
+        negatives = samplers.TargetSampler(samplers.uniform_probabilities(self.config["target_sizes"][task - 2]))
         negatives.draw = lambda targets, generator: self.tensor(f"task{task}/negatives").flatten()
         return losses.PairLoss(losses.bpr, negatives, float(self.arrays[f"task{task}/l2"]))
 
 
-class RecordedNegatives(data_loader.LogUniformSampler):
+class RecordedNegatives(samplers.LogUniformSampler):
     """The suite's sampler, except that it draws what the original drew."""
 
     def __init__(self, recording: Recording, stage: str):
@@ -153,7 +154,10 @@ def test_task_1_hidden_states_losses_and_predictions(recording):
         own, others = (sampler.expected_count(ids, sampler.draws) for ids in (labels, sampler.ids))
         close(own, recording.tensor(f"{prefix}/true_expected_count"))
         close(others, recording.tensor(f"{prefix}/sampled_expected_count"))
-        each = losses.sampled_softmax(hidden.flatten(0, 1), labels, model.head(1), sampler.ids, own, others)
+        each = torch.stack([
+            losses.sampled_softmax(*row, model.head(1), sampler.ids, count, others)
+            for *row, count in zip(hidden.flatten(0, 1).split(1), labels.split(1), own.split(1))
+        ])  # fmt: skip
         close(each, recording.tensor(f"{prefix}/loss_per_position"))
         close(recording.loss(1, stage)(model, reading, inputs, targets, None), each.mean())
         scores = model.scores(inputs, reading)
@@ -266,7 +270,7 @@ def test_ids_rows_splits_and_negative_probabilities(folder):
     assert second.target_vocabulary.ids == expected["task2"]["target_index"]
     assert np.column_stack([second.rows[second.users], second.targets]).tolist() == expected["task2"]["examples"]
     size = len(second.target_vocabulary)
-    probabilities = data_loader.static_probabilities(second.targets, size, expected["task2"]["rho"])
+    probabilities = samplers.static_probabilities(second.targets, size, expected["task2"]["rho"])
     np.testing.assert_allclose(probabilities, expected["task2"]["negative_probabilities"], rtol=0, atol=5e-5)
 
     for task, data in (("task1", first), ("task2", second)):

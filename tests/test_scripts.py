@@ -11,6 +11,8 @@ import pytest
 import torch
 from conftest import FILES, ROOT, STAGES, flags
 
+import checkpoint
+
 
 def refused(result: tuple[int, str, str]) -> str:
     """The one line that a script prints when it refuses its input."""
@@ -47,6 +49,7 @@ def test_help_lists_every_hyperparameter_with_its_comment(run_here, task, stage)
         (["--dilations", "1,x"], "--dilations '1,x' is not of the form INT,INT"),
         (["--dilations", "1,0"], "--dilations 1,0 makes no sense"),
         (["--positional_embedding", "maybe"], "--positional_embedding 'maybe' is not of the form true|false"),
+        (["--precision", "fp8"], "--precision fp8 makes no sense"),
         (["--device", "tpu"], "--device tpu makes no sense"),
         (["--test_fraction", "1.5"], "--test_fraction 1.5 makes no sense"),
         (["--data_path", "nowhere.csv"], "nowhere.csv does not exist"),
@@ -79,6 +82,28 @@ def test_data_makers_leave_no_files_of_other_data_beside_theirs(run_here, tmp_pa
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_missing_gpu_is_said(run_here, demo):
     assert "--device auto or cpu" in refused(run_here("conure_tp_t1.py", *flags(demo, 1), "--device", "cuda"))
+
+
+def test_compiled_training_is_that_of_the_plain_code(run_here, demo, tmp_path):
+    """And where there is no compiler, one line says so."""
+    small = ["--channels", "8", "--dilations", "1", "--epochs", "1", "--learning_rate", "1e-4"]
+    scores = []
+    for number, more in enumerate(([], ["--compile"])):
+        folder = str(tmp_path / str(number))
+        code, output, _ = run_here("conure_tp_t1.py", *flags(demo, 1), *small, *more, "--checkpoint_dir", folder)
+        assert code == 0 and "goes on without" not in output
+        content, _ = checkpoint.load(f"{folder}/tp_t1.pt")
+        scores.append(content["model"]["blocks.0.conv1.weight"])
+    torch.testing.assert_close(*scores, rtol=0, atol=1e-4)
+
+
+def test_without_a_compiler_training_goes_on_plainly(demo, tmp_path):
+    command = [sys.executable, str(ROOT / "conure_tp_t1.py"), *flags(demo, 1), "--checkpoint_dir", str(tmp_path)]
+    small = ["--channels", "8", "--dilations", "1", "--epochs", "1", "--compile"]
+    nowhere = os.environ | {"PATH": str(tmp_path), "CXX": "nowhere", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(command + small, env=nowhere, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("goes on without torch.compile, which does not work here: ") == 1
 
 
 def test_a_missing_predecessor_names_the_script_to_run(run_here, demo, chain, tmp_path):

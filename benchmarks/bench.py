@@ -1,0 +1,69 @@
+"""What the benchmarks share: BENCH lines and rows of results, the machine's name and its matrix rate."""
+
+import csv
+import datetime
+import os
+import platform
+import re
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import torch
+
+import settings  # noqa: F401 (before torch, whose threads it tells how to wait)
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def report(what: str, **values: Any) -> None:
+    """Prints `BENCH what=… name=value …` and adds the row, with date, machine and versions, to results/`what`.csv."""
+    shown = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in values.items()}
+    print("BENCH", " ".join(f"{name}={value}" for name, value in ({"what": what} | shown).items()), flush=True)
+    row = {"date": datetime.date.today().isoformat(), "machine": machine(), "torch": str(torch.__version__)} | shown
+    path = RESULTS / f"{what}.csv"
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if os.name == "posix" else None
+    return f"{model[1].strip() if model else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def seconds(function: Callable[[], Any], repeats: int = 9, warm_up: int = 3) -> float:
+    """Median time of a call, once it is warm; on a GPU until it has done its work."""
+    times = []
+    for _ in range(warm_up + repeats):
+        start = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[warm_up:])
+
+
+def matmul_gflops(dtype: torch.dtype, size: int = 2048) -> float:
+    """The rate of a large square matrix product."""
+    a, b = (torch.randn(size, size, dtype=dtype, device=device()) for _ in range(2))
+    return 2 * size**3 / seconds(lambda: a @ b, repeats=15) / 1e9
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def peak_rss_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

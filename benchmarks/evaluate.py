@@ -1,0 +1,64 @@
+"""How fast held-out rows are ranked among all items: `python benchmarks/evaluate.py --rows 4096`, at the real size.
+
+WRITES a line to benchmarks/results/evaluate.csv.
+"""
+
+import time
+from dataclasses import dataclass
+
+import bench
+import numpy as np
+import torch
+
+import data_loader
+import metrics
+import settings
+from nextitnet import NextItNet
+from pruning import Reading
+
+
+@dataclass
+class Hyperparameters:
+    rows: int = 4096  # that are ranked
+    items: int = 645_974  # in the catalogue
+    length: int = 100  # of the sequences in the file; the model reads one less
+    channels: int = 256  # width of the embedding and of every layer
+    dilations: tuple[int, ...] = (1, 4, 1, 4, 1, 4, 1, 4)  # one residual block each
+    kernel_size: int = 3  # taps of every convolution
+
+
+def make_data(hp: Hyperparameters) -> data_loader.TaskData:
+    """Random rows; their content does not matter to the time."""
+    rows = np.random.default_rng(10).integers(1, hp.items, (hp.rows, hp.length), dtype=np.int32)
+    vocabulary = data_loader.Vocabulary()
+    return data_loader.TaskData(
+        "", "", rows[:, :-1], np.arange(hp.rows), rows[:, -1], vocabulary, vocabulary, -1, 0, 0, {}
+    )
+
+
+def main(hp: Hyperparameters) -> None:
+    torch.manual_seed(10)
+    model = NextItNet(hp.items, hp.channels, hp.dilations, hp.kernel_size).to(bench.device())
+    data, examples = make_data(hp), np.arange(hp.rows)
+    ranked = model, data, examples, Reading(1, "inference"), bench.device()
+    metrics.rank_examples(*ranked[:2], examples[:256], *ranked[3:])  # warms up
+    before = bench.peak_rss_mb()
+    start = time.perf_counter()
+    metrics.rank_examples(*ranked)
+    seconds = time.perf_counter() - start
+    bench.report(
+        "evaluate",
+        rows=hp.rows,
+        items=hp.items,
+        length=hp.length,
+        channels=hp.channels,
+        seconds=seconds,
+        rows_per_s=hp.rows / seconds,
+        seconds_for_100000_rows=seconds / hp.rows * 100_000,
+        peak_rss_mb=bench.peak_rss_mb(),
+        peak_rss_growth_mb=bench.peak_rss_mb() - before,
+    )
+
+
+if __name__ == "__main__":
+    settings.run(main, Hyperparameters, __doc__)

@@ -1,0 +1,74 @@
+"""How fast a data file is read: `python benchmarks/load_data.py --rows 1000000 --length 100`.
+
+Makes a file of task 1 whose items are as frequent as in a long-tailed catalogue, reads it in a process of its own, then
+once more from the cache beside it. READS nothing, WRITES a line to benchmarks/results/load_data.csv.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+
+import bench
+import numpy as np
+
+import data_loader
+import settings
+
+
+@dataclass
+class Hyperparameters:
+    rows: int = 1_000_000  # sequences
+    length: int = 100  # items in each
+    items: int = 645_974  # in the catalogue
+    path: str = ""  # a file to read; empty: make one
+
+
+def make_file(path: str, rows: int, length: int, items: int) -> None:
+    generator = np.random.default_rng(10)
+    with open(path, "w") as file:
+        for start in range(0, rows, 20_000):
+            uniform = generator.random((min(20_000, rows - start), length))
+            ids = (items**uniform).astype(np.int64) * 7919 % items + 1  # frequent ones anywhere among the numbers
+            file.writelines(",".join(row) + "\n" for row in ids.astype(str).tolist())
+
+
+def read(path: str) -> tuple[float, float, float]:
+    """Seconds, bytes of the encoded rows, and peak resident bytes of this process."""
+    start = time.perf_counter()
+    data = data_loader.load_sequences(path, 0.2)
+    taken = time.perf_counter() - start
+    return taken, data.rows.nbytes + data.targets.nbytes, bench.peak_rss_mb() * 1e6
+
+
+def read_elsewhere(path: str) -> tuple[float, float, float]:
+    done = subprocess.run([sys.executable, __file__, "--path", path], check=True, stdout=subprocess.PIPE, text=True)
+    return tuple(map(float, done.stdout.split()))
+
+
+def main(hp: Hyperparameters) -> None:
+    if hp.path:
+        print(*read(hp.path))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "task1.csv")
+        make_file(path, hp.rows, hp.length, hp.items)
+        size = os.path.getsize(path) / 1e6
+        (first, array, peak), (second, _, _) = read_elsewhere(path), read_elsewhere(path)
+    bench.report(
+        "load_data",
+        rows=hp.rows,
+        length=hp.length,
+        items=hp.items,
+        file_mb=size,
+        seconds=first,
+        mb_per_s=size / first,
+        peak_rss_over_array=peak / array,
+        seconds_second_start=second,
+    )
+
+
+if __name__ == "__main__":
+    settings.run(main, Hyperparameters, __doc__)

@@ -1,0 +1,157 @@
+"""How long a training step takes: `python benchmarks/train_step.py --task 1`, with the original's settings.
+
+The matrix rate is measured in the same process, and operations are counted as they are done: 2 a multiplication and
+addition, none for what is skipped. With --compare, other ways to do the step take turns with it: for task 1 the
+published one, for task 2 that which computes every state. WRITES a line to benchmarks/results/train_step.csv.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import bench
+import torch
+from published import Published
+from torch import Tensor
+
+import losses
+import pruning
+import samplers
+import settings
+import training
+from convolution import plan
+from nextitnet import NextItNet
+from pruning import Reading
+
+
+@dataclass
+class Hyperparameters:
+    task: int = 1  # 1: next item at every position; 2: train and prune of a later task
+    items: int = 3308  # in the catalogue
+    targets: int = 3000  # of task 2
+    length: int = 50  # of the sequences in the file; the model reads one less in task 1, one more in task 2
+    batch_size: int = 32  # sequences a step
+    channels: int = 256  # width of the embedding and of every layer
+    dilations: tuple[int, ...] = (1, 4, 1, 4, 1, 4, 1, 4)  # one residual block each
+    kernel_size: int = 3  # taps of every convolution
+    negative_fraction: float = 0.2  # share of the items sampled as negatives each step; 1: full softmax
+    precision: str = "float32"  # of matrix products: float32 or bfloat16
+    compile: bool = False  # with torch.compile
+    steps: int = 9  # that are timed; the median is reported
+    compare: bool = False  # time the other ways too
+
+
+class FullSequence(NextItNet):
+    """Computes every state of a sequence for the last one's sake."""
+
+    def user_representation(self, ids: Tensor, reading: Reading) -> Tensor:
+        return self(ids, reading)[:, -1]
+
+
+def make_model(hp: Hyperparameters) -> NextItNet:
+    model = NextItNet(hp.items, hp.channels, hp.dilations, hp.kernel_size)
+    if hp.task > 1:
+        pruning.prune(model, 1, [0.7])
+        model.add_head(2, hp.targets)
+    return model.to(bench.device())
+
+
+def make_loss(hp: Hyperparameters) -> losses.Loss:
+    if hp.task == 1:
+        return losses.NextItemLoss(samplers.LogUniformSampler(hp.items, hp.negative_fraction), None)
+    return losses.PairLoss(losses.bpr, samplers.TargetSampler(samplers.uniform_probabilities(hp.targets)), 0.02)
+
+
+def stepper(
+    objective: torch.nn.Module, trained: list[torch.nn.Parameter], batch: Sequence[Tensor]
+) -> Callable[[], None]:
+    """A function that takes one step."""
+    adam = training.adam(trained, 1e-4, 0.9)
+
+    def step() -> None:
+        adam.zero_grad()
+        objective(*batch).backward()
+        adam.step()
+
+    return step
+
+
+def operations(hp: Hyperparameters, time: int) -> float:
+    """Of the matrix products of one step: the convolutions' and, for task 1, the softmax's."""
+    _, blocks = plan(hp.dilations, hp.kernel_size, time, hp.task > 1, torch.device("cpu"))
+    total = 0
+    for number, block in enumerate(blocks):
+        for connection in (block.conv1, block.conv2):
+            pairs = sum(connection.outputs - first for first, _ in connection.taps)
+            products = 2 if hp.task > 1 and number == 0 and connection is block.conv1 else 3  # the embedding is frozen
+            total += products * 2 * pairs * hp.batch_size * hp.channels**2
+    if hp.task == 1:
+        total += 3 * 2 * hp.batch_size * time * hp.channels * max(1, int(hp.items * hp.negative_fraction))
+    return total
+
+
+def take_turns(steps: dict[str, Callable[[], None]], count: int) -> dict[str, float]:
+    """Median seconds of each, warm, one after the other, so that all meet the machine in the same moods."""
+    times = {name: [] for name in steps}
+    for number in range(count + 3):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(each[3:]) for name, each in times.items()}
+
+
+def ways_to_step(hp: Hyperparameters, time: int) -> dict[str, Callable[[], None]]:
+    """Ours and, to compare, the others; all with one batch, as its content does not matter to the time."""
+    reading, precision = Reading(hp.task, "tp"), training.PRECISIONS[hp.precision] or torch.float32
+    inputs = torch.randint(1, hp.items, (hp.batch_size, time))
+    batch = inputs, torch.randint(1, hp.items if hp.task == 1 else hp.targets, (hp.batch_size,))
+    model, loss, generator = make_model(hp), make_loss(hp), torch.Generator().manual_seed(10)
+
+    def step_of(model: NextItNet) -> Callable[[], None]:
+        objective = training.Objective(loss, model, reading, generator, precision)
+        return stepper(objective, model.train_only(reading), batch)
+
+    steps = {"ours": step_of(model)}
+    if hp.compare and hp.task == 1:
+        published = Published(hp.items, hp.channels, hp.dilations, hp.kernel_size).to(bench.device())
+        steps["published"] = stepper(published, list(published.parameters()), [x.to(bench.device()) for x in batch])
+    elif hp.compare:
+        full = copy.deepcopy(model)
+        full.__class__ = FullSequence
+        steps["full"] = step_of(full)
+    if hp.compile:
+        model.states = torch.compile(model.states)
+    return steps
+
+
+def main(hp: Hyperparameters) -> None:
+    torch.manual_seed(10)
+    training.make_deterministic(bench.device())
+    time = hp.length - 1 if hp.task == 1 else hp.length + 1
+    steps = ways_to_step(hp, time)
+    precision = training.PRECISIONS[hp.precision] or torch.float32
+    rate = bench.matmul_gflops(precision)
+    seconds = take_turns(steps, hp.steps)
+    rate = max(rate, bench.matmul_gflops(precision))  # before and after
+    gflops = operations(hp, time) / seconds["ours"] / 1e9
+    varied = ("task", "items", "length", "batch_size", "channels", "negative_fraction", "precision", "compile")
+    bench.report(
+        "train_step",
+        **{name: getattr(hp, name) for name in varied},
+        seconds_per_step=seconds["ours"],
+        gflops=gflops,
+        share_of_matmul_peak=gflops / rate,
+        matmul_gflops=rate,
+        peak_rss_mb=bench.peak_rss_mb(),
+        times_published=seconds["published"] / seconds["ours"] if "published" in seconds else "",
+        share_of_full_step=seconds["ours"] / seconds["full"] if "full" in seconds else "",
+    )
+
+
+if __name__ == "__main__":
+    settings.run(main, Hyperparameters, __doc__)

@@ -1,0 +1,66 @@
+"""One process, or several that torchrun started: who computes what, who writes, and how they add up.
+
+Every process reads the same data and draws the same numbers; each computes its share of every batch.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from settings import InputError
+
+
+class Share(NamedTuple):
+    """Which part of a batch a process computes: each `count`-th example from `number` on."""
+
+    number: int = 0
+    count: int = 1
+
+    def of(self, batch: Tensor) -> Tensor:
+        return batch[self.number :: self.count]
+
+
+def own_share() -> Share:
+    return Share(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Share()
+
+
+def is_main() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return own_share().number == 0
+
+
+@contextlib.contextmanager
+def group(device: str) -> Iterator[None]:
+    """Joins the processes that torchrun started, until the block ends; `device` is the hyperparameter."""
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        wanted, found = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if wanted > found:
+            raise InputError(f"--nproc_per_node {wanted} is more than this machine's {found} GPUs: lower it")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
+            if not is_main():
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum of all processes' tensors, in each of them; changes `tensor`."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def wait() -> None:
+    """Goes on when all processes have come here."""
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,92 @@
+"""Negative samples: what a positive is compared with."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class LogUniformSampler:
+    """Negatives for the sampled softmax: distinct ids, id i drawn with probability ~ log((i + 2) / (i + 1)).
+
+    TensorFlow's default candidate sampler, which takes small ids for frequent items.
+    """
+
+    def __init__(self, items: int, negative_fraction: float):
+        self.items = items
+        self.count = max(1, int(items * negative_fraction))
+        ids = torch.arange(items, dtype=torch.float64)
+        self.log_miss = torch.log1p(-torch.log1p(1 / (ids + 1)) / np.log(items + 1))  # log(1 - p)
+        self.batch = self.usual_draws() if self.count < items else items
+
+    def usual_draws(self) -> int:
+        """A little more draws than it takes on average to find `count` distinct ids."""
+        low, high = self.count, 2 * self.count
+        while self.distinct(high) < self.count:
+            low, high = high, 2 * high
+        while high - low > 1 + low // 1000:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.distinct(middle) < self.count else (low, middle)
+        return high + high // 50
+
+    def distinct(self, draws: int) -> float:
+        """How many distinct ids so many draws find on average."""
+        return float(-torch.expm1(draws * self.log_miss).sum())
+
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, int]:
+        """`count` distinct ids (S,), in order of drawing, and the number of draws that it took to find them."""
+        drawn = torch.empty(0, dtype=torch.int64)
+        while True:
+            uniform = torch.rand(self.batch, generator=generator, dtype=torch.float64)
+            more = uniform.mul_(np.log(self.items + 1)).exp_().sub_(1).long().clamp_(max=self.items - 1)
+            drawn = torch.cat([drawn, more])
+            found = first_places(drawn.numpy(), self.items)
+            if len(found) >= self.count:
+                found = torch.from_numpy(found[: self.count])
+                return drawn[found], int(found[-1]) + 1
+
+    def expected_count(self, ids: Tensor, draws: int) -> Tensor:
+        """The probability that an id is among the distinct ids of so many draws, float32, of the shape of `ids`."""
+        return -torch.expm1(draws * self.log_miss[ids]).float()
+
+
+def first_places(ids: np.ndarray, size: int) -> np.ndarray:
+    """The places in `ids`, all below `size`, where an id stands for the first time."""
+    places = np.arange(len(ids), dtype=np.int32)
+    first = np.empty(size, dtype=np.int32)  # read only where it is written
+    first[ids[::-1]] = places[::-1]  # of equal ids the last one written stays, which is the first
+    return np.flatnonzero(first[ids] == places)
+
+
+class TargetSampler:
+    """One negative for each positive target, drawn from the probabilities of all others."""
+
+    def __init__(self, probabilities: np.ndarray):
+        """`probabilities` (targets - 1,): entry i belongs to target id i + 1; `<UNK>` is never drawn."""
+        self.cumulative = torch.from_numpy(np.cumsum(probabilities) / np.sum(probabilities))
+
+    def draw(self, targets: Tensor, generator: torch.Generator) -> Tensor:
+        """Ids (B,); `targets` (B,) on the CPU."""
+        positive = targets - 1
+        after = self.cumulative[positive]
+        before = torch.where(positive > 0, self.cumulative[positive - 1], 0.0)
+        point = torch.rand(len(targets), generator=generator, dtype=torch.float64) * (1 - (after - before))
+        point = torch.where(point < before, point, point + (after - before))  # jumps over the positive's own interval
+        return torch.searchsorted(self.cumulative, point, right=True).clamp(max=len(self.cumulative) - 1) + 1
+
+
+def static_probabilities(targets: np.ndarray, size: int, rho: float) -> np.ndarray:
+    """LambdaFM's static sampler: p ~ exp(-(rank + 1) / (size * rho)), rank by falling frequency from 0.
+
+    `targets` are all examples' target ids, held-out ones included as in the original; `size` counts `<UNK>`. Returns
+    (size - 1,), entry i for id i + 1; of equally frequent targets the smaller id ranks first.
+    """
+    frequency = np.bincount(targets, minlength=size)[1:]
+    rank = np.empty(size - 1)
+    rank[np.argsort(-frequency, kind="stable")] = np.arange(size - 1)
+    weight = np.exp(-rank / (size * rho))  # the + 1 of the formula cancels out, and could make all of them 0
+    return weight / weight.sum()
+
+
+def uniform_probabilities(size: int) -> np.ndarray:
+    """Equal probabilities for target ids 1..size - 1."""
+    return np.full(size - 1, 1 / (size - 1))

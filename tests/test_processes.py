@@ -1,0 +1,57 @@
+"""Several processes train and score as one does."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, chain_settings, flags
+
+
+def run(processes: int, *command: str) -> str:
+    """Runs a Python program in so many processes, one thread each; it must succeed."""
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *start, *map(str, command)], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def results(printed: str) -> list[str]:
+    """The RESULT lines without their times."""
+    return [line.split(" seconds=")[0] for line in printed.splitlines() if line.startswith("RESULT")]
+
+
+@pytest.mark.parametrize("task, stage", [(1, "tp"), (1, "ret"), (2, "tp"), (4, "ret")])
+def test_two_processes_have_the_loss_curve_of_one(chain, tmp_path, task, stage):
+    """An odd batch size, so that their shares differ; few steps, as rounding errors grow with training."""
+    curves, printed = [], []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        shutil.copytree(chain[0], folder)
+        small = [*chain_settings(task, stage), "--epochs", "1", "--batch_size", "63", "--learning_rate", "1e-4"]
+        command = [f"conure_{stage}_t{task}.py", *flags(folder, task), *small, "--overwrite"]
+        printed.append(results(run(processes, Path(__file__).parent / "loss_curve.py", folder / "losses", *command)))
+        curves.append(json.loads((folder / "losses").read_text()))
+    assert len(curves[0]) == len(curves[1]) >= 19
+    np.testing.assert_allclose(*curves, rtol=0, atol=1e-4)
+    one, two = printed
+    assert len(one) == len(two) and one[0] == two[0]  # what they start from scores the same
+
+
+def test_two_processes_score_as_one(chain):
+    folder = str(chain[0] / "checkpoints")
+    alone, together = (run(processes, "evaluate.py", "--checkpoint_dir", folder) for processes in (1, 2))
+    assert results(alone) == results(together) and len(results(alone)) == 4
+    assert "nothing forgotten" in together
+
+
+def test_two_processes_leave_a_finished_stage_alone(chain):
+    printed = run(2, "conure_ret_t4.py", *flags(chain[0], 4), *chain_settings(4, "ret"))
+    assert printed.count("is finished") == 1
