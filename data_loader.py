@@ -6,7 +6,6 @@ token `0`.
 """
 
 import ast
-import glob
 import hashlib
 import io
 import os
@@ -29,6 +28,7 @@ UNKNOWN = "<UNK>"  # id 0
 PADDING = "0"  # an ordinary token to the original: it has an id, an embedding and a row in the softmax
 MAX_INDEX_BYTES = 1 << 28  # two hundred times what 646,000 numbers take
 CACHE_FROM_BYTES = 1 << 25  # smaller files are read in less than a second
+CACHE_LAYOUT = 1  # of what the cache holds
 SPLIT_SEED = 10  # the original's np.random.seed before it shuffles the rows
 
 
@@ -196,53 +196,47 @@ def read_encoded(
         return encode(path, with_targets, items, target_vocabulary)
     if not processes.is_main():
         processes.wait()
-    vocabularies, digest, encoded = (items, target_vocabulary), None, None
-    if glob.glob(_cache_path(path, "*")):
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        encoded = _read_cache(_cache_path(path, _cache_key(digest, vocabularies)))
+    kept = os.path.join(os.path.dirname(path), ".cache", f"{os.path.basename(path)}.pt")
+    encoded = _read_cache(kept, path, with_targets, items, target_vocabulary)
     if encoded is None:
         encoded = encode(path, with_targets, items, target_vocabulary)
-        _write_cache(_cache_path(path, _cache_key(encoded.digest, vocabularies)), encoded)
+        _write_cache(kept, encoded, with_targets, items is None, target_vocabulary is None)
     if processes.is_main():
         processes.wait()
     return encoded
 
 
-def _cache_path(path: str, key: str) -> str:
-    folder = os.path.join(os.path.dirname(path), ".cache")
-    return os.path.join(folder if key != "*" else glob.escape(folder), f"{os.path.basename(path)}.{key}.pt")
-
-
-def _cache_key(digest: str, vocabularies: tuple[Vocabulary | None, Vocabulary | None]) -> str:
-    """Of all that the ids depend on."""
-    digests = [digest, *(vocabulary.digest if vocabulary else "" for vocabulary in vocabularies)]
-    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
-
-
-def _write_cache(path: str, encoded: Encoded) -> None:
+def _write_cache(kept: str, encoded: Encoded, with_targets: bool, own_items: bool, own_targets: bool) -> None:
+    """`own_items` and `own_targets`: whether the vocabulary is made of the file's own tokens."""
     if not processes.is_main():
         return
-    content = vars(encoded).copy()
-    for name, value in content.items():
-        if isinstance(value, np.ndarray):
-            content[name] = torch.from_numpy(value)
-        elif isinstance(value, Vocabulary):
-            content[name] = value.to_tensor()
+    content = {"layout": CACHE_LAYOUT, "with_targets": with_targets, "own": [own_items, own_targets]}
+    content |= {
+        "digest": encoded.digest,
+        "vocabularies": [encoded.items.to_tensor(), encoded.target_vocabulary.to_tensor()],
+    }
+    content |= {name: torch.from_numpy(getattr(encoded, name)) for name in ("rows", "users", "targets")}
     try:
-        save_sealed(path, content)
+        save_sealed(kept, content)
     except InputError as error:
         print(f"the next start will read the data anew: {error}")
 
 
-def _read_cache(path: str) -> Encoded | None:
-    """What `_write_cache` wrote, memory-mapped; None if it is not there or damaged."""
-    content = load_sealed(path, mmap=True)[0] if os.path.exists(path) else None
-    if content is None:
+def _read_cache(
+    kept: str, path: str, with_targets: bool, items: Vocabulary | None, target_vocabulary: Vocabulary | None
+) -> Encoded | None:
+    """What `encode` would give, memory-mapped; None if `kept` is not there, damaged, or of another file or ids."""
+    content = load_sealed(kept, mmap=True)[0] if os.path.exists(kept) else None
+    if content is None or (content["layout"], content["with_targets"]) != (CACHE_LAYOUT, with_targets):
         return None
-    for name in ("items", "target_vocabulary"):
-        content[name] = Vocabulary.from_tensor(content[name])
-    return Encoded(**{n: v.numpy() if isinstance(v, Tensor) else v for n, v in content.items()})
+    for wanted, found, own in zip((items, target_vocabulary), content["vocabularies"], content["own"]):
+        if not (own if wanted is None else torch.equal(wanted.to_tensor(), found)):
+            return None
+    with open(path, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != content["digest"]:
+            return None
+    arrays = (content[name].numpy() for name in ("rows", "users", "targets"))
+    return Encoded(content["digest"], *arrays, *map(Vocabulary.from_tensor, content["vocabularies"]))
 
 
 @dataclass

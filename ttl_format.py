@@ -5,7 +5,7 @@ or white space at its ends. A byte-order mark, Windows line ends, a comma at the
 missing last newline change nothing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
@@ -118,8 +118,8 @@ def read_lines(path: str, with_targets: bool, digest) -> Iterator[Lines]:
     """The file in chunks of whole lines, checked; `digest` is fed its bytes. InputError names file and line."""
     found = False
     try:
-        chunks = chunks_of_lines(path, digest)
-        for lines in one_ahead(split_lines(*chunk, with_targets, path) for chunk in chunks):
+        chunks = ((*chunk, with_targets, path) for chunk in chunks_of_lines(path, digest))
+        for lines in one_ahead(split_lines, chunks):
             if lines is not None:
                 found = True
                 yield lines
@@ -129,14 +129,16 @@ def read_lines(path: str, with_targets: bool, digest) -> Iterator[Lines]:
         raise InputError(f"{path} is empty: it must hold one line a user")
 
 
-def one_ahead(values: Iterator[T]) -> Iterator[T]:
-    """The same values; while one is used, another thread makes the next."""
-    end = object()
+def one_ahead(function: Callable[..., T], arguments: Iterable[tuple]) -> Iterator[T]:
+    """function(*each) for each of the arguments; another thread is at the next one while the last is used."""
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, values, end)
-        while (value := coming.result()) is not end:
-            coming = thread.submit(next, values, end)
-            yield value
+        coming = None
+        for each in arguments:
+            ready, coming = coming, thread.submit(function, *each)
+            if ready:
+                yield ready.result()
+        if coming:
+            yield coming.result()
 
 
 def chunks_of_lines(path: str, digest) -> Iterator[tuple[bytes, int]]:

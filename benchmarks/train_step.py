@@ -2,7 +2,7 @@
 
 The matrix rate is measured in the same process, and operations are counted as they are done: 2 a multiplication and
 addition, none for what is skipped. With --compare, other ways to do the step take turns with it: for task 1 the
-published one, for task 2 that which computes every state. WRITES a line to benchmarks/results/train_step.csv.
+published one, for later ones that which computes every state. WRITES a line to benchmarks/results/train_step.csv.
 """
 
 import copy
@@ -28,10 +28,10 @@ from pruning import Reading
 
 @dataclass
 class Hyperparameters:
-    task: int = 1  # 1: next item at every position; 2: train and prune of a later task
+    task: int = 1  # 1: next item at every position; 2 and more: train and prune of that task
     items: int = 3308  # in the catalogue
-    targets: int = 3000  # of task 2
-    length: int = 50  # of the sequences in the file; the model reads one less in task 1, one more in task 2
+    targets: int = 3000  # of each later task
+    length: int = 50  # of the sequences in the file; the model reads one less in task 1, one more in later ones
     batch_size: int = 32  # sequences a step
     channels: int = 256  # width of the embedding and of every layer
     dilations: tuple[int, ...] = (1, 4, 1, 4, 1, 4, 1, 4)  # one residual block each
@@ -52,9 +52,9 @@ class FullSequence(NextItNet):
 
 def make_model(hp: Hyperparameters) -> NextItNet:
     model = NextItNet(hp.items, hp.channels, hp.dilations, hp.kernel_size)
-    if hp.task > 1:
-        pruning.prune(model, 1, [0.7])
-        model.add_head(2, hp.targets)
+    for learned in range(1, hp.task):
+        pruning.prune(model, learned, [0.7] * learned)
+        model.add_head(learned + 1, hp.targets)
     return model.to(bench.device())
 
 
@@ -105,12 +105,17 @@ def take_turns(steps: dict[str, Callable[[], None]], count: int) -> dict[str, fl
     return {name: statistics.median(each[3:]) for name, each in times.items()}
 
 
-def ways_to_step(hp: Hyperparameters, time: int) -> dict[str, Callable[[], None]]:
+def megabytes(module: torch.nn.Module) -> float:
+    """Of what a checkpoint holds of it."""
+    return sum(tensor.nbytes for tensor in module.state_dict().values()) / 1e6
+
+
+def ways_to_step(hp: Hyperparameters, model: NextItNet, time: int) -> dict[str, Callable[[], None]]:
     """Ours and, to compare, the others; all with one batch, as its content does not matter to the time."""
     reading, precision = Reading(hp.task, "tp"), training.PRECISIONS[hp.precision] or torch.float32
     inputs = torch.randint(1, hp.items, (hp.batch_size, time))
     batch = inputs, torch.randint(1, hp.items if hp.task == 1 else hp.targets, (hp.batch_size,))
-    model, loss, generator = make_model(hp), make_loss(hp), torch.Generator().manual_seed(10)
+    loss, generator = make_loss(hp), torch.Generator().manual_seed(10)
 
     def step_of(model: NextItNet) -> Callable[[], None]:
         objective = training.Objective(loss, model, reading, generator, precision)
@@ -133,7 +138,8 @@ def main(hp: Hyperparameters) -> None:
     torch.manual_seed(10)
     training.make_deterministic(bench.device())
     time = hp.length - 1 if hp.task == 1 else hp.length + 1
-    steps = ways_to_step(hp, time)
+    model = make_model(hp)
+    steps = ways_to_step(hp, model, time)
     precision = training.PRECISIONS[hp.precision] or torch.float32
     rate = bench.matmul_gflops(precision)
     seconds = take_turns(steps, hp.steps)
@@ -148,6 +154,8 @@ def main(hp: Hyperparameters) -> None:
         share_of_matmul_peak=gflops / rate,
         matmul_gflops=rate,
         peak_rss_mb=bench.peak_rss_mb(),
+        model_mb=megabytes(model),
+        heads_mb=megabytes(model.heads),
         times_published=seconds["published"] / seconds["ours"] if "published" in seconds else "",
         share_of_full_step=seconds["ours"] / seconds["full"] if "full" in seconds else "",
     )

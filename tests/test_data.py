@@ -77,15 +77,19 @@ def test_a_large_file_is_read_once_and_then_from_its_cache(tmp_path, monkeypatch
     later = tmp_path / "task2.csv"
     later.write_text("7,8,,a,b\n9,,b\n7,,a\n")
     examples = data_loader.load_examples(str(later), 0.5, first.items)
-    (kept,) = (tmp_path / ".cache").glob("task1.csv.*.pt")
+    kept = tmp_path / ".cache" / "task1.csv.pt"
 
     with monkeypatch.context() as patched:
         patched.setattr(data_loader, "encode", None)  # not called
         assert same(data_loader.load_sequences(str(tmp_path / "task1.csv"), 0.5), first)
+        assert same(data_loader.load_sequences(str(tmp_path / "task1.csv"), 0.5, first.items), first)
         assert same(data_loader.load_examples(str(later), 0.5, first.items), examples)
+        assert same(data_loader.load_examples(str(later), 0.5, first.items, examples.target_vocabulary), examples)
 
     other = Vocabulary(["<UNK>", "9", "7", "0"])  # the same file in other ids
     assert data_loader.load_examples(str(later), 0.5, other).rows.tolist() == [[2, 0, 0], [3, 1, 0], [3, 2, 0]]
+    with pytest.raises(InputError, match="no `,,`"):
+        data_loader.load_examples(str(tmp_path / "task1.csv"), 0.5, first.items)
     kept.write_bytes(kept.read_bytes()[:-100] + b"?" * 100)
     assert same(data_loader.load_sequences(str(tmp_path / "task1.csv"), 0.5), first)  # damaged: read anew
     (tmp_path / "task1.csv").write_text("7,8,8\n8,x\n9\n7,7\n")

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# How a step's time and a checkpoint's size grow with items, length, channels and tasks: bash benchmarks/growth.sh
+# One BENCH line each; all else is as in the original's settings.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+step() { .venv/bin/python benchmarks/train_step.py "$@"; }
+
+for items in 3308 33080 330800; do step --items "$items"; done
+for length in 25 50 100 200; do step --length "$length"; done
+for channels in 64 128 256 512; do step --channels "$channels"; done
+for task in 2 3 5 9; do step --task "$task"; done
