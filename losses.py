@@ -99,9 +99,11 @@ def sampled_softmax(
 
 
 def full_softmax(hidden: Tensor, labels: Tensor, head: nn.Linear) -> Tensor:
-    """The summed cross entropy of `labels` (N,) given `hidden` (N, C) against all items."""
-    if hasattr(F, "linear_cross_entropy"):
-        return F.linear_cross_entropy(hidden, head.weight, labels, linear_bias=head.bias, reduction="sum")
+    """The summed cross entropy of `labels` (N,) given `hidden` (N, C) against all items.
+
+    In the blocks of SampledSoftmax, which on 2 cores take 0.61 s for 1,568 rows and 33,080 items;
+    F.linear_cross_entropy takes 0.70 s with all logits in memory and 2.5 s in chunks.
+    """
     own = (hidden * rows(head.weight, labels)).sum(dim=1) + entries(head.bias, labels)
     return SampledSoftmax.apply(hidden, own, head.weight, head.bias, labels, matmul_dtype(hidden))
 
