@@ -175,7 +175,7 @@ class PairLoss:
         pairs = torch.stack([targets, self.sampler.draw(targets, generator)], dim=1)  # (B, 2)
         inputs, pairs = (to_device(share.of(tensor), head.device) for tensor in (inputs, pairs))
         user = model.user_representation(inputs, reading)  # (B, C)
-        positive, negative = (rows(head, pairs) @ user[:, :, None]).squeeze(2).unbind(1)  # (B,)
+        positive, negative = (rows(head, pairs) * user[:, None]).sum(dim=2).unbind(1)  # (B,)
         return self.compare(positive, negative).sum() / total + self.l2 / share.count * head.square().sum() / 2
 
 
