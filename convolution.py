@@ -1,7 +1,8 @@
 """Dilated causal convolution as matrix products, at no positions but those that are asked for.
 
-Activations are time-major, (P, B, C) for P positions of the sequence: so a tap's inputs are a block of memory that
-starts `dilation` positions earlier, and each tap is one matrix product that adds to the output, with no copies.
+Activations are time-major, (P, B, C) for P positions of the sequence: so where all positions are computed, a tap's
+inputs are a block of memory that starts `dilation` positions earlier, and each tap is one matrix product that adds to
+the output. Only where positions are left out are inputs copied together.
 """
 
 from functools import lru_cache
@@ -65,20 +66,15 @@ def connect(inputs: list[int], outputs: list[int], dilation: int, kernel_size: i
 
 
 def places(chosen: list[int], positions: list[int], device: torch.device) -> Places:
-    """Where the chosen positions stand among `positions`: a slice where it can be one, as that needs no copy."""
-    found = [positions.index(position) for position in chosen]
+    """Where the chosen positions stand among `positions`: a slice where it can be one, as steps of 1 need no copy."""
+    place = {position: number for number, position in enumerate(positions)}
+    found = [place[position] for position in chosen]
     step = found[1] - found[0] if len(found) > 1 else 1
     if not found:
-        return slice(0, 0)
+        return slice(0, 0, 1)
     if found == list(range(found[0], found[-1] + 1, step)):
         return slice(found[0], found[-1] + 1, step)
     return torch.tensor(found, device=device)
-
-
-def matmul_dtype(x: Tensor) -> torch.dtype:
-    """In which matrix products with `x` are taken: that of autocast if it is on, else its own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class Convolve(torch.autograd.Function):
@@ -94,13 +90,13 @@ class Convolve(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         batch = x.shape[1]
         out = None
-        for (first, places), tap in reversed(list(zip(connection.taps, weight))):  # the last tap reaches all outputs
-            rows = x[places].reshape(-1, x.shape[2])
+        for (first, read), tap in reversed(list(zip(connection.taps, weight))):  # the last tap reaches all outputs
+            rows = x[read].reshape(-1, x.shape[2])
             if out is None:
                 out = rows @ tap
             elif len(rows):
                 out[first * batch :].addmm_(rows, tap)
-        return out.view(connection.outputs, batch, -1).to(ctx.dtypes[0])
+        return out.view(connection.outputs, batch, weight.shape[2]).to(ctx.dtypes[0])
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
@@ -109,16 +105,15 @@ class Convolve(torch.autograd.Function):
         gradient = gradient.reshape(-1, weight.shape[2]).to(weight.dtype)
         x_gradient = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         weight_gradient = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for number, (first, places) in enumerate(connection.taps):
-            reached = gradient[first * batch :]
+        for number, (first, read) in enumerate(connection.taps):
+            reached, transposed = gradient[first * batch :], weight[number].t()
             if x_gradient is not None:
-                part = x_gradient[places]
-                if isinstance(places, slice) and part.is_contiguous():
-                    part.view(-1, x.shape[2]).addmm_(reached, weight[number].t())
+                if isinstance(read, slice) and read.step == 1:
+                    x_gradient[read].view(-1, x.shape[2]).addmm_(reached, transposed)
                 else:
-                    x_gradient[places] += (reached @ weight[number].t()).view_as(part)
+                    x_gradient[read] += (reached @ transposed).view(-1, batch, x.shape[2])
             if weight_gradient is not None:
-                torch.mm(x[places].reshape(-1, x.shape[2]).t(), reached, out=weight_gradient[number])
+                torch.mm(x[read].reshape(-1, x.shape[2]).t(), reached, out=weight_gradient[number])
         x_gradient = None if x_gradient is None else x_gradient.to(ctx.dtypes[0])
         weight_gradient = None if weight_gradient is None else weight_gradient.to(ctx.dtypes[1])
         return x_gradient, weight_gradient, None, None

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import processes
-from files import load_sealed, save_sealed, whole_file
+from files import load_sealed, lock_folder, save_sealed, whole_file
 from ttl_format import Encoder, read_lines
 
 UNKNOWN = "<UNK>"  # id 0
@@ -155,7 +155,7 @@ def _ids_of(vocabulary: Vocabulary | None) -> tuple[Vocabulary, Callable[[list[s
 
 
 class RowTable:
-    """Rows that come chunk by chunk, in one array that grows in place: no row is ever in memory twice."""
+    """Rows that come chunk by chunk, in one array that grows in place, or is copied when a longer row widens it."""
 
     def __init__(self):
         self.table, self.count, self.ragged = np.empty((0, 0), np.int32), 0, False
@@ -217,8 +217,9 @@ def _write_cache(kept: str, encoded: Encoded, with_targets: bool, own_items: boo
     }
     content |= {name: torch.from_numpy(getattr(encoded, name)) for name in ("rows", "users", "targets")}
     try:
-        save_sealed(kept, content)
-    except InputError as error:
+        with lock_folder(os.path.dirname(kept), "this one reads the data for itself"):
+            save_sealed(kept, content)
+    except (InputError, OSError) as error:
         print(f"the next start will read the data anew: {error}")
 
 

@@ -95,14 +95,16 @@ def sync_folder(folder: str) -> None:
         os.close(descriptor)
 
 
-def lock_folder(folder: str) -> BinaryIO:
-    """Locks `folder` for as long as the returned file is open, at most until the process ends, however it ends."""
+def lock_folder(folder: str, advice: str) -> BinaryIO:
+    """Locks `folder` for as long as the returned file is open, at most until the process ends, however it ends.
+
+    InputError, with the advice, if another process has it.
+    """
     os.makedirs(folder, exist_ok=True)
     file = open(os.path.join(folder, ".lock"), "a+b")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(
-            f"another run is at work in {folder}: wait for its end, or give another --checkpoint_dir"
-        ) from None
+        file.close()
+        raise InputError(f"another run is at work in {folder}: {advice}") from None
     return file

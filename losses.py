@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convolution import matmul_dtype
-from nextitnet import NextItNet, wide_linear
+from matmul import matmul_dtype, wide_linear
+from nextitnet import NextItNet
 from processes import Share
 from pruning import Reading
 from samplers import LogUniformSampler, TargetSampler
 
-LOGITS_AT_ONCE = 1 << 26  # 256 MB, whatever the number of negatives
+LOGITS_AT_ONCE = 1 << 26  # 256 MB whatever the number of negatives, and half as much again for bfloat16 products
 
 
 def rows(weight: Tensor, ids: Tensor) -> Tensor:

@@ -6,8 +6,10 @@ from torch import Tensor
 
 import processes
 from data_loader import TaskData
-from nextitnet import NextItNet, wide_linear
+from matmul import wide_linear
+from nextitnet import NextItNet
 from pruning import Reading
+from settings import InputError
 
 EVALUATION_BATCH = 256  # one size for all, because a matrix product's last bits may depend on the shape
 COMPARED_AT_ONCE = 8192  # scores of a row, which a CPU's cache then still holds when they are counted
@@ -29,7 +31,10 @@ def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
 def rank_examples(
     model: NextItNet, data: TaskData, examples: np.ndarray, reading: Reading, device: torch.device
 ) -> np.ndarray:
-    """The rank of each example's target among all, in the order of `examples`; each process ranks its share."""
+    """The rank of each example's target among all, in the order of `examples`; each process ranks its share.
+
+    InputError if the model has diverged.
+    """
     share, head = processes.own_share(), model.head(reading.task)
     ranks = torch.zeros(len(examples), dtype=torch.int64, device=device)
     at_once = min(EVALUATION_BATCH, max(1, SCORES_AT_ONCE // head.out_features))
@@ -37,12 +42,17 @@ def rank_examples(
     for start in range(share.number * EVALUATION_BATCH, len(examples), share.count * EVALUATION_BATCH):
         batch = examples[start : start + EVALUATION_BATCH]
         inputs, targets = (tensor.to(device) for tensor in data.batch(batch))
-        parts = zip(model.user_representation(inputs, reading).split(at_once), targets.split(at_once))
-        for place, (users, users_targets) in zip(range(start, start + len(batch), at_once), parts):
-            scores = buffer[: len(users)]
-            wide_linear(users, head.weight, head.bias, out=scores)
+        users = model.user_representation(inputs, reading)
+        if not users.isfinite().all():
+            raise InputError(
+                "the model's states are not finite: start over with --overwrite and a lower --learning_rate"
+            )
+        parts = zip(users.split(at_once), targets.split(at_once))
+        for place, (part, part_targets) in zip(range(start, start + len(batch), at_once), parts):
+            scores = buffer[: len(part)]
+            wide_linear(part, head.weight, head.bias, out=scores)
             scores[:, 0] = -torch.inf  # <UNK> is no item and no class, and nobody's target
-            ranks[place : place + len(users)] = target_ranks(scores, users_targets)
+            ranks[place : place + len(part)] = target_ranks(scores, part_targets)
     return processes.total(ranks).cpu().numpy()
 
 

@@ -10,32 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convolution import BlockPlan, Connection, Convolve, Places, matmul_dtype, plan
+from convolution import BlockPlan, Connection, Convolve, Places, plan
+from matmul import matmul_dtype
 from pruning import OwnedWeight, Reading
 
 LAYER_NORM_EPS = 1e-8  # the original's ops.py
-CPU_COLUMNS = 512  # of a wide product at once
 
 
 def truncated_normal_(weight: Tensor) -> None:
     """Normal of deviation 0.02, redrawn beyond two deviations: the original's start for all but head 1."""
     nn.init.trunc_normal_(weight, std=0.02, a=-0.04, b=0.04)
-
-
-def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """x (N, C) @ weight.T (C, S) + bias (S,) → out (N, S) float32; without gradients, the product in the dtype of x.
-
-    For the widest layers: such a product is 1.6 times as slow on a CPU as the same in narrow pieces.
-    """
-    width = CPU_COLUMNS if x.device.type == "cpu" else len(weight)
-    biases = bias.split(width) if bias is not None else [None] * -(-len(weight) // width)
-    for part, part_weight, part_bias in zip(out.split(width, dim=1), weight.split(width), biases):
-        if x.dtype != out.dtype:
-            torch.add(x @ part_weight.t(), 0 if part_bias is None else part_bias, out=part)
-        elif part_bias is None:
-            torch.mm(x, part_weight.t(), out=part)
-        else:
-            torch.addmm(part_bias, x, part_weight.t(), out=part)
 
 
 class CausalConv(OwnedWeight):
@@ -60,9 +44,9 @@ class ResidualBlock(nn.Module):
         self.ln2 = nn.LayerNorm(channels, eps=LAYER_NORM_EPS)
         self.conv2 = CausalConv(channels, kernel_size)
 
-    def forward(self, x: Tensor, reading: Reading, plan: BlockPlan) -> Tensor:
-        inner = self.conv1(F.relu(self.ln1(x)), reading, plan.conv1)
-        return x[plan.residual] + self.conv2(F.relu(self.ln2(inner)), reading, plan.conv2)
+    def forward(self, x: Tensor, reading: Reading, block_plan: BlockPlan) -> Tensor:
+        inner = self.conv1(F.relu(self.ln1(x)), reading, block_plan.conv1)
+        return x[block_plan.residual] + self.conv2(F.relu(self.ln2(inner)), reading, block_plan.conv2)
 
 
 class NextItNet(nn.Module):

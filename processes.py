@@ -49,6 +49,10 @@ def group(device: str) -> Iterator[None]:
             if not is_main():
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
             yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise InputError("another process has ended, and this one with it: the other's own line says why") from None
+        raise
     finally:
         dist.destroy_process_group()
 

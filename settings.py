@@ -139,7 +139,6 @@ def run(main: Callable[[Any], int | None], block: type, about: str) -> NoReturn:
 
     Ctrl-C during training does not come here: training takes it as the end of training.
     """
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # of the processes that torchrun starts, which all meet the same
     sys.stdout.reconfigure(line_buffering=True)  # so that a log file or a pipe gets each line when it is printed
     try:
         hyperparameters = from_command_line(block, about)
@@ -147,15 +146,14 @@ def run(main: Callable[[Any], int | None], block: type, about: str) -> NoReturn:
             code = main(hyperparameters)
         sys.exit(code or 0)
     except NothingToDo as done:
-        if speaks:
+        if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started
             print(done)
         sys.exit(0)
     except BrokenPipeError:  # what read the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (InputError, OSError) as error:
-        if speaks or not isinstance(error, InputError):
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):

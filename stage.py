@@ -26,7 +26,8 @@ class Stage:
     def __init__(self, hp: Any, reading: Reading, data: TaskData):
         """Raises InputError if the stage before is missing or does not fit, NothingToDo if this one is finished."""
         self.hp, self.reading, self.data = hp, reading, data
-        self.lock = lock_folder(hp.checkpoint_dir) if processes.is_main() else None
+        advice = "wait for its end, or give another --checkpoint_dir"
+        self.lock = lock_folder(hp.checkpoint_dir, advice) if processes.is_main() else None
         self.path = checkpoint.path_of(hp.checkpoint_dir, *reading)
         self.snapshot_path = checkpoint.snapshot_of(self.path)
         self.before: dict[str, Any] | None = None  # the checkpoint that the stage starts from
@@ -111,10 +112,8 @@ class Stage:
             if not self.hp.overwrite:
                 raise
             content = {"overwrite": False}
-        if self.hp.overwrite and not content["overwrite"]:  # a run with --overwrite goes on only from its own kind
-            self.remove_snapshot()
-            return None
-        return content["state"]
+        started_over = self.hp.overwrite and not content["overwrite"]  # such a run goes on only from its own kind
+        return None if started_over else content["state"]
 
     def remove_snapshot(self) -> None:
         if processes.is_main() and os.path.exists(self.snapshot_path):

@@ -25,6 +25,7 @@ from reporting import Progress, Results
 from settings import InputError, printable
 from stage import Stage
 
+CHECK_EVERY = 50  # steps between looks at the losses, for which a GPU has to finish what it was given
 BETA2, ADAM_EPS = 0.999, 1e-8  # the original's, which are Adam's defaults
 
 
@@ -70,7 +71,7 @@ class Run:
         self.optimiser = adam(self.trained, hp.learning_rate, hp.beta1)
         self.generator = torch.Generator().manual_seed(hp.seed)
         self.step, self.epoch, self.seconds = 0, 0.0, 0.0  # trained so far; evaluation is not counted
-        self.loss = torch.zeros(())
+        self.losses: list[torch.Tensor] = []  # of the steps since they were last checked
         self.best = Best()
         self.stop = StopRequest()
         self.scores: dict[str, dict[str, dict[str, float]]] = {}  # stage → split → scores, for the checkpoint
@@ -78,7 +79,9 @@ class Run:
         self.announce()
         if state := self.stage.read_snapshot():
             self.resume(state)
-        processes.wait()  # until all have read what the first one is about to write over
+        processes.wait()  # until all have read what the first one is about to remove or to write over
+        if not state:
+            self.stage.remove_snapshot()
 
     def announce(self) -> None:
         """Prints settings, data, parameter counts, device and versions."""
@@ -116,18 +119,19 @@ class Run:
                 started = time.perf_counter()
                 self.take_step(objective, batch)
                 self.epoch = round(self.step / steps_per_epoch, 4)
-                progress.advance(self.loss)
-                evaluating = self.step % eval_every == 0 or self.step == steps or self.stop.requested
+                progress.advance(self.losses[-1])
+                stopping = self.stop.requested  # looked at once, as it may come true at any moment
+                evaluating = self.step % eval_every == 0 or self.step == steps or stopping
                 snapshot = evaluating or 0 < self.hp.snapshot_minutes <= (time.monotonic() - saved) / 60
-                if snapshot:
-                    self.check_loss()
+                if snapshot or len(self.losses) == CHECK_EVERY:
+                    self.check_losses()
                 self.seconds += time.perf_counter() - started
                 if evaluating:
                     self.consider()
                 if snapshot:
                     self.snapshot()
                     saved = time.monotonic()
-                if self.stop.requested:
+                if stopping:
                     self.stop.announce(self.epoch)
                     break
         self.restore_best()
@@ -143,19 +147,21 @@ class Run:
         return objective
 
     def take_step(self, objective: nn.Module, batch: np.ndarray) -> None:
-        """One step of Adam; leaves the whole batch's loss, which the device may still be computing, in `loss`."""
+        """One step of Adam; adds the whole batch's loss, which a GPU may still be computing, to `losses`."""
         value = objective(*self.data.batch(batch))
         self.optimiser.zero_grad()
         (value * processes.own_share().count).backward()  # as the processes' gradients are averaged
         self.optimiser.step()
-        self.check_loss()  # the last step's, so that a GPU has this one to do meanwhile
-        self.loss = processes.total(value.detach())
+        self.losses.append(processes.total(value.detach()))
         self.step += 1
 
-    def check_loss(self) -> None:
-        """InputError if the loss is not finite, with the last snapshot kept."""
-        if not math.isfinite(self.loss.item()):
-            raise InputError(self.stage.diverged(self.loss.item(), self.step))
+    def check_losses(self) -> None:
+        """InputError if any loss since the last check is not finite."""
+        losses = torch.stack(self.losses).cpu()
+        if not losses.isfinite().all():
+            first = int((~losses.isfinite()).nonzero()[0])
+            raise InputError(self.stage.diverged(losses[first].item(), self.step - len(losses) + first + 1))
+        self.losses.clear()
 
     def batches(self, steps_per_epoch: int) -> Iterator[np.ndarray]:
         """Every training example once an epoch, in a new order each time, from the run's present step on."""

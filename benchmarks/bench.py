@@ -15,9 +15,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import torch
+import settings  # noqa: F401  # isort: skip (before torch, whose threads it tells how to wait)
 
-import settings  # noqa: F401 (before torch, whose threads it tells how to wait)
+import torch
 
 RESULTS = ROOT / "benchmarks" / "results"
 

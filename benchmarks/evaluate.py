@@ -41,8 +41,8 @@ def main(hp: Hyperparameters) -> None:
     model = NextItNet(hp.items, hp.channels, hp.dilations, hp.kernel_size).to(bench.device())
     data, examples = make_data(hp), np.arange(hp.rows)
     ranked = model, data, examples, Reading(1, "inference"), bench.device()
-    metrics.rank_examples(*ranked[:2], examples[:256], *ranked[3:])  # warms up
     before = bench.peak_rss_mb()
+    metrics.rank_examples(*ranked[:2], examples[:256], *ranked[3:])  # warms up
     start = time.perf_counter()
     metrics.rank_examples(*ranked)
     seconds = time.perf_counter() - start

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import data_loader
+import matmul
 import metrics
-import nextitnet
 from nextitnet import NextItNet
 from pruning import Reading
 
@@ -41,7 +41,7 @@ def test_ranks_by_blocks_are_those_of_all_scores_at_once(monkeypatch, task):
     monkeypatch.setattr(metrics, "EVALUATION_BATCH", 16)
     monkeypatch.setattr(metrics, "SCORES_AT_ONCE", 200)
     monkeypatch.setattr(metrics, "COMPARED_AT_ONCE", 7)
-    monkeypatch.setattr(nextitnet, "CPU_COLUMNS", 9)
+    monkeypatch.setattr(matmul, "CPU_COLUMNS", 9)
     reading, examples = Reading(task, "inference"), np.random.RandomState(1).permutation(40)
     ranks = metrics.rank_examples(model, data, examples, reading, torch.device("cpu"))
     with torch.no_grad():

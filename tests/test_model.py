@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import losses
-import nextitnet
+import matmul
 import pruning
 import training
 from convolution import connect, plan
@@ -208,7 +208,7 @@ def plain_sampled_softmax(hidden, labels, head, negatives, label_counts, negativ
 @pytest.mark.parametrize("at_once", [1, 60, 1 << 26])
 def test_sampled_softmax_in_blocks_is_that_of_all_logits_at_once(monkeypatch, at_once):
     monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
-    monkeypatch.setattr(nextitnet, "CPU_COLUMNS", 7)
+    monkeypatch.setattr(matmul, "CPU_COLUMNS", 7)
     torch.manual_seed(1)
     head, hidden = small_model().head(1), (5 * torch.randn(9, 8)).requires_grad_()
     labels, negatives = torch.tensor([3, 3, 49, 0, 7, 8, 9, 1, 2]), torch.tensor([7, 3, 20, 21, 22, 23, 1, 24, 25, 49])

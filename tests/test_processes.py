@@ -45,6 +45,13 @@ def test_two_processes_have_the_loss_curve_of_one(chain, tmp_path, task, stage):
     assert len(one) == len(two) and one[0] == two[0]  # what they start from scores the same
 
 
+def test_a_last_batch_smaller_than_the_number_of_processes(chain, tmp_path):
+    shutil.copytree(chain[0], tmp_path / "copy")
+    small = [*chain_settings(1, "ret"), "--epochs", "1", "--batch_size", "109"]  # 11 * 109 + 1 = 1200 examples
+    printed = run(2, "conure_ret_t1.py", *flags(tmp_path / "copy", 1), *small, "--overwrite")
+    assert " 1,200 train" in printed and "saved" in printed
+
+
 def test_two_processes_score_as_one(chain):
     folder = str(chain[0] / "checkpoints")
     alone, together = (run(processes, "evaluate.py", "--checkpoint_dir", folder) for processes in (1, 2))

@@ -143,6 +143,13 @@ def test_a_loss_that_is_not_finite_stops_the_stage(copy, run_here):
     }
 
 
+def test_a_model_that_diverges_in_its_last_step_is_not_kept(demo, tmp_path, run_here):
+    """Its loss was finite, as it was computed before the step."""
+    one_step = ["--epochs", "1", "--batch_size", "5000", "--learning_rate", "1e30", "--channels", "8"]
+    code, _, error = run_here("conure_tp_t1.py", *flags(demo, 1), *one_step, "--checkpoint_dir", str(tmp_path))
+    assert code == 2 and "not finite" in error and not list(tmp_path.glob("*.pt"))
+
+
 def test_a_checkpoint_carries_where_it_comes_from(chain):
     folder = chain[0] / "checkpoints"
     content, digest = checkpoint.load(str(folder / "ret_t2.pt"))
