@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 import processes
-from files import load_sealed, lock_folder, save_sealed, whole_file
+from files import load_sealed, save_sealed, whole_file
 from ttl_format import Encoder, read_lines
 
 UNKNOWN = "<UNK>"  # id 0
 PADDING = "0"  # an ordinary token to the original: it has an id, an embedding and a row in the softmax
 MAX_INDEX_BYTES = 1 << 28  # two hundred times what 646,000 numbers take
-CACHE_FROM_BYTES = 1 << 25  # smaller files are read in less than a second
+CACHE_FROM_BYTES = 32_000_000  # smaller files are read in less than a second
 CACHE_LAYOUT = 1  # of what the cache holds
 SPLIT_SEED = 10  # the original's np.random.seed before it shuffles the rows
 
@@ -217,9 +217,8 @@ def _write_cache(kept: str, encoded: Encoded, with_targets: bool, own_items: boo
     }
     content |= {name: torch.from_numpy(getattr(encoded, name)) for name in ("rows", "users", "targets")}
     try:
-        with lock_folder(os.path.dirname(kept), "this one reads the data for itself"):
-            save_sealed(kept, content)
-    except (InputError, OSError) as error:
+        save_sealed(kept, content)
+    except InputError as error:
         print(f"the next start will read the data anew: {error}")
 
 
@@ -227,8 +226,8 @@ def _read_cache(
     kept: str, path: str, with_targets: bool, items: Vocabulary | None, target_vocabulary: Vocabulary | None
 ) -> Encoded | None:
     """What `encode` would give, memory-mapped; None if `kept` is not there, damaged, or of another file or ids."""
-    content = load_sealed(kept, mmap=True)[0] if os.path.exists(kept) else None
-    if content is None or (content["layout"], content["with_targets"]) != (CACHE_LAYOUT, with_targets):
+    content = load_sealed(kept, mmap=True)[0] if os.path.isfile(kept) else None
+    if content is None or content.get("layout") != CACHE_LAYOUT or content["with_targets"] != with_targets:
         return None
     for wanted, found, own in zip((items, target_vocabulary), content["vocabularies"], content["own"]):
         if not (own if wanted is None else torch.equal(wanted.to_tensor(), found)):

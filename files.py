@@ -27,11 +27,15 @@ def whole_file(path: str) -> Iterator[BinaryIO]:
     folder = os.path.dirname(path) or "."
     try:
         os.makedirs(folder, exist_ok=True)
-        with open(temporary, "w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with alone(temporary) as file:
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(temporary, path)
+            except BaseException:
+                os.remove(temporary)
+                raise
         sync_folder(folder)
     except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where the disk takes no more
         reason = error.strerror if isinstance(error, OSError) else "the disk took no more"
@@ -39,9 +43,18 @@ def whole_file(path: str) -> Iterator[BinaryIO]:
         full = not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "make room, then run the same command" if full else "mend that, then run the same command"
         raise InputError(f"{path} could not be written ({reason}), {kept}: {advice}") from error
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+
+
+def alone(path: str) -> BinaryIO:
+    """An empty file at `path`, which no other process writes until it is closed; waits for one that does."""
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        # Meanwhile the one who had it may have renamed it, and it is no longer the file at `path`.
+        if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+            file.truncate()
+            return file
+        file.close()
 
 
 def save_sealed(path: str, content: dict[str, Any]) -> None:
@@ -95,16 +108,14 @@ def sync_folder(folder: str) -> None:
         os.close(descriptor)
 
 
-def lock_folder(folder: str, advice: str) -> BinaryIO:
-    """Locks `folder` for as long as the returned file is open, at most until the process ends, however it ends.
-
-    InputError, with the advice, if another process has it.
-    """
+def lock_folder(folder: str) -> BinaryIO:
+    """Locks `folder` for as long as the returned file is open, at most until the process ends, however it ends."""
     os.makedirs(folder, exist_ok=True)
     file = open(os.path.join(folder, ".lock"), "a+b")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.close()
-        raise InputError(f"another run is at work in {folder}: {advice}") from None
+        raise InputError(
+            f"another run is at work in {folder}: wait for its end, or give another --checkpoint_dir"
+        ) from None
     return file

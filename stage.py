@@ -26,8 +26,7 @@ class Stage:
     def __init__(self, hp: Any, reading: Reading, data: TaskData):
         """Raises InputError if the stage before is missing or does not fit, NothingToDo if this one is finished."""
         self.hp, self.reading, self.data = hp, reading, data
-        advice = "wait for its end, or give another --checkpoint_dir"
-        self.lock = lock_folder(hp.checkpoint_dir, advice) if processes.is_main() else None
+        self.lock = lock_folder(hp.checkpoint_dir) if processes.is_main() else None
         self.path = checkpoint.path_of(hp.checkpoint_dir, *reading)
         self.snapshot_path = checkpoint.snapshot_of(self.path)
         self.before: dict[str, Any] | None = None  # the checkpoint that the stage starts from

@@ -1,7 +1,8 @@
 """How fast a data file is read: `python benchmarks/load_data.py --rows 1000000 --length 100`.
 
 Makes a file of task 1 whose items are as frequent as in a long-tailed catalogue, reads it in a process of its own, then
-once more from the cache beside it. READS nothing, WRITES a line to benchmarks/results/load_data.csv.
+once more, from the cache beside it if it is large enough to have one. WRITES a line to
+benchmarks/results/load_data.csv.
 """
 
 import os

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import data_loader
 import samplers
 import ttl_format
 from data_loader import Vocabulary
+from files import load_sealed, save_sealed
 from samplers import LogUniformSampler, TargetSampler
 from settings import InputError
 
@@ -38,6 +40,23 @@ def test_reading_is_that_of_a_plain_split(tmp_path, monkeypatch):
     data = sequences(tmp_path, "".join(",".join(line) + "\n" for line in lines))
     assert tokens(data) == [["0"] * (8 - len(line)) + line for line in lines]
     assert data.items.tokens == ["<UNK>"] + list(dict.fromkeys(token for line in lines for token in line))
+
+
+@pytest.mark.parametrize(
+    "distinct",
+    [
+        ["7", "70", "700", "1", "10", "16777216", "16777217", "16777215", "99999999", "0", "2"],
+        ["7", "07", "007", "0", "00", "70", "1"],
+        ["12345678", "123456789", "1234567812345678", "12345678a", "8", "é", "é8", "1a", "a1"],
+    ],
+)
+def test_different_tokens_have_different_ids(tmp_path, monkeypatch, distinct):
+    """In pieces of few lines too, so that what is remembered of one serves the next."""
+    for size in (8, 1 << 24):
+        monkeypatch.setattr(ttl_format, "CHUNK_BYTES", size)
+        data = sequences(tmp_path, "".join(f"{token},{token}\n" for token in distinct + distinct[::-1]))
+        assert data.items.tokens == ["<UNK>", *distinct]
+        assert tokens(data) == [[token, token] for token in distinct + distinct[::-1]]
 
 
 def test_short_rows_are_padded_on_the_left_and_zero_is_the_last_item_if_the_file_has_none(tmp_path):
@@ -86,6 +105,19 @@ def test_a_large_file_is_read_once_and_then_from_its_cache(tmp_path, monkeypatch
     assert same(data_loader.load_sequences(str(tmp_path / "task1.csv"), 0.5), first)  # damaged: read anew
     (tmp_path / "task1.csv").write_text("7,8,8\n8,x\n9\n7,7\n")
     assert data_loader.load_sequences(str(tmp_path / "task1.csv"), 0.5).digest != first.digest
+
+
+def test_writers_of_one_file_wait_for_each_other(tmp_path):
+    path = str(tmp_path / "shared.pt")
+
+    def write(value: int) -> bool:
+        save_sealed(path, {"numbers": torch.full((50_000,), value)})
+        content, _ = load_sealed(path)
+        return content is not None and len(content["numbers"].unique()) == 1
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(write, range(60)))
+    assert os.listdir(tmp_path) == ["shared.pt"]
 
 
 def test_without_room_for_a_cache_the_data_is_read_all_the_same(tmp_path, monkeypatch, capsys):
