@@ -17,8 +17,7 @@ Places = slice | Tensor  # of positions in an array of activations
 class Connection(NamedTuple):
     """Which input positions each tap of a convolution reads."""
 
-    inputs: int  # how many positions come in
-    outputs: int  # how many go out
+    outputs: int  # how many positions go out
     # For each tap, the oldest first: the first output that it reaches, the others lying before the sequence's start,
     # and the places of the inputs that it reads for the outputs from there on.
     taps: tuple[tuple[int, Places], ...]
@@ -62,7 +61,7 @@ def connect(inputs: list[int], outputs: list[int], dilation: int, kernel_size: i
     for back in range((kernel_size - 1) * dilation, -1, -dilation):
         read = [position - back for position in outputs if position >= back]
         taps.append((len(outputs) - len(read), places(read, inputs, device)))
-    return Connection(len(inputs), len(outputs), tuple(taps))
+    return Connection(len(outputs), tuple(taps))
 
 
 def places(chosen: list[int], positions: list[int], device: torch.device) -> Places:

@@ -40,19 +40,18 @@ def rank_examples(
     at_once = min(EVALUATION_BATCH, max(1, SCORES_AT_ONCE // head.out_features))
     buffer = torch.empty(at_once, head.out_features, device=device)
     for start in range(share.number * EVALUATION_BATCH, len(examples), share.count * EVALUATION_BATCH):
-        batch = examples[start : start + EVALUATION_BATCH]
-        inputs, targets = (tensor.to(device) for tensor in data.batch(batch))
+        batch = slice(start, start + EVALUATION_BATCH)
+        inputs, targets = (tensor.to(device) for tensor in data.batch(examples[batch]))
         users = model.user_representation(inputs, reading)
         if not users.isfinite().all():
             raise InputError(
                 "the model's states are not finite: start over with --overwrite and a lower --learning_rate"
             )
-        parts = zip(users.split(at_once), targets.split(at_once))
-        for place, (part, part_targets) in zip(range(start, start + len(batch), at_once), parts):
+        for part, part_targets, part_ranks in zip(*(each.split(at_once) for each in (users, targets, ranks[batch]))):
             scores = buffer[: len(part)]
             wide_linear(part, head.weight, head.bias, out=scores)
             scores[:, 0] = -torch.inf  # <UNK> is no item and no class, and nobody's target
-            ranks[place : place + len(part)] = target_ranks(scores, part_targets)
+            part_ranks.copy_(target_ranks(scores, part_targets))
     return processes.total(ranks).cpu().numpy()
 
 

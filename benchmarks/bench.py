@@ -20,6 +20,7 @@ import settings  # noqa: F401  # isort: skip (before torch, whose threads it tel
 import torch
 
 RESULTS = ROOT / "benchmarks" / "results"
+WARM_UP = 3  # calls that are not timed
 
 
 def report(what: str, **values: Any) -> None:
@@ -43,22 +44,27 @@ def machine() -> str:
     return f"{model[1].strip() if model else platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def seconds(function: Callable[[], Any], repeats: int = 9, warm_up: int = 3) -> float:
-    """Median time of a call, once it is warm; on a GPU until it has done its work."""
-    times = []
-    for _ in range(warm_up + repeats):
-        start = time.perf_counter()
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[warm_up:])
+def take_turns(functions: dict[str, Callable[[], Any]], count: int) -> dict[str, float]:
+    """Median seconds of `count` calls of each, warm, one after the other, so that all meet the machine in its moods.
+
+    On a GPU until it has done its work.
+    """
+    times = {name: [] for name in functions}
+    for _ in range(WARM_UP + count):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(each[WARM_UP:]) for name, each in times.items()}
 
 
 def matmul_gflops(dtype: torch.dtype, size: int = 2048) -> float:
     """The rate of a large square matrix product."""
     a, b = (torch.randn(size, size, dtype=dtype, device=device()) for _ in range(2))
-    return 2 * size**3 / seconds(lambda: a @ b, repeats=15) / 1e9
+    seconds = take_turns({"product": lambda: a @ b}, count=15)["product"]
+    return 2 * size**3 / seconds / 1e9
 
 
 def device() -> torch.device:

@@ -6,8 +6,6 @@ published one, for later ones that which computes every state. WRITES a line to 
 """
 
 import copy
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -92,19 +90,6 @@ def operations(hp: Hyperparameters, time: int) -> float:
     return total
 
 
-def take_turns(steps: dict[str, Callable[[], None]], count: int) -> dict[str, float]:
-    """Median seconds of each, warm, one after the other, so that all meet the machine in the same moods."""
-    times = {name: [] for name in steps}
-    for number in range(count + 3):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(each[3:]) for name, each in times.items()}
-
-
 def megabytes(module: torch.nn.Module) -> float:
     """Of what a checkpoint holds of it."""
     return sum(tensor.nbytes for tensor in module.state_dict().values()) / 1e6
@@ -142,7 +127,7 @@ def main(hp: Hyperparameters) -> None:
     steps = ways_to_step(hp, model, time)
     precision = training.PRECISIONS[hp.precision] or torch.float32
     rate = bench.matmul_gflops(precision)
-    seconds = take_turns(steps, hp.steps)
+    seconds = bench.take_turns(steps, hp.steps)
     rate = max(rate, bench.matmul_gflops(precision))  # before and after
     gflops = operations(hp, time) / seconds["ours"] / 1e9
     varied = ("task", "items", "length", "batch_size", "channels", "negative_fraction", "precision", "compile")
