@@ -126,9 +126,9 @@ def load(path: str) -> tuple[dict[str, Any], str]:
     return content, digest
 
 
-def build_model(content: dict[str, Any]) -> NextItNet:
+def build_model(content: dict[str, Any], network: type[NextItNet] = NextItNet) -> NextItNet:
     """The model as the checkpoint's stage left it."""
-    model = NextItNet(**content["architecture"])
+    model = network(**content["architecture"])
     for task, record in content["tasks"].items():
         if task > 1:
             model.add_head(task, record["target_count"])

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import data_loader
 import losses
-import samplers
 import settings
 import training
 from pruning import Reading
+from settings import ours
 
 
 @dataclass
@@ -28,13 +28,17 @@ class Hyperparameters:
     batch_size: int = 32  # sequences a step
     epochs: int = 10  # passes over the training part
     learning_rate: float = 1e-3  # of Adam
+    table_rate: float = ours(10.0, original=1.0)  # how many times as fast the head learns
+    decay: bool = ours(True, original=False)  # let the learning rates fall in a line to 0 at the last step
     beta1: float = 0.9  # of Adam
-    negative_fraction: float = 0.2  # share of the items sampled as negatives each step; 1: full softmax
-    padding_in_loss: bool = False  # also learn to predict padding, as the original does
+    negative_fraction: float = ours(1.0, original=0.2)  # share of the items sampled as negatives; 1: full softmax
+    padding_in_loss: bool = ours(False, original=True)  # also learn to predict padding
+    dropout: float = ours(0.3, original=0.0)  # share of the activations that a step leaves out: items, blocks, states
     test_fraction: float = 0.2  # share of the examples held out: half validation, half test; as in tp
     eval_every: int = 0  # steps between evaluations on validation; 0: once an epoch
     snapshot_minutes: float = 10  # between snapshots that a killed run goes on from; 0: at evaluations only
     top_k: int = 5  # cut-off of MRR, HR and NDCG
+    as_original: bool = False  # learn as the published code does: its value wherever another default stands here
     overwrite: bool = False  # do the stage over if it is finished, or was begun with other settings
 
 
@@ -42,8 +46,7 @@ def main(hp: Hyperparameters) -> None:
     items = data_loader.read_index(hp.index_path)
     data = data_loader.load_sequences(hp.data_path, hp.test_fraction, items)
     run = training.Run(hp, Reading(1, "ret"), data)
-    negatives = samplers.LogUniformSampler(len(data.items), hp.negative_fraction)
-    run.train(losses.NextItemLoss(negatives, None if hp.padding_in_loss else data.padding_id))
+    run.train(losses.next_item(hp, data))
     run.save()
 
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import data_loader
 import losses
-import samplers
 import settings
 import training
 from pruning import Reading
+from settings import ours
 
 
 @dataclass
@@ -28,13 +28,18 @@ class Hyperparameters:
     batch_size: int = 512  # examples a step
     epochs: int = 100  # passes over the training part
     learning_rate: float = 1e-4  # of Adam
+    table_rate: float = ours(10.0, original=1.0)  # how many times as fast the head learns
+    decay: bool = ours(True, original=False)  # let the learning rates fall in a line to 0 at the last step
     beta1: float = 0.9  # of Adam
-    rho: float = 0.3  # sharpness of the negative sampler: smaller draws popular targets more often
+    loss: str = ours("softmax", original="bpr")  # cross entropy among all targets; bpr: against one negative
+    rho: float = 0.3  # of the negatives of bpr: smaller draws popular targets more often
+    dropout: float = ours(0.3, original=0.0)  # share of the activations that a step leaves out: items, blocks, states
     l2: float = 0.05  # weight decay of the task's head, as a loss term: l2 * sum(w^2) / 2
     test_fraction: float = 0.2  # share of the examples held out: half validation, half test; as in tp
     eval_every: int = 0  # steps between evaluations on validation; 0: once an epoch
     snapshot_minutes: float = 10  # between snapshots that a killed run goes on from; 0: at evaluations only
     top_k: int = 5  # cut-off of MRR, HR and NDCG
+    as_original: bool = False  # learn as the published code does: its value wherever another default stands here
     overwrite: bool = False  # do the stage over if it is finished, or was begun with other settings
 
 
@@ -42,9 +47,7 @@ def main(hp: Hyperparameters) -> None:
     items = data_loader.read_index(hp.index_path)
     data = data_loader.load_examples(hp.data_path, hp.test_fraction, items)
     run = training.Run(hp, Reading(3, "ret"), data)
-    probabilities = samplers.static_probabilities(data.targets, len(data.target_vocabulary), hp.rho)
-    negatives = samplers.TargetSampler(probabilities)
-    run.train(losses.PairLoss(losses.bpr, negatives, hp.l2))
+    run.train(losses.target(hp, data))
     run.save()
 
 

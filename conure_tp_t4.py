@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import data_loader
 import losses
-import samplers
 import settings
 import training
 from pruning import Reading
+from settings import ours
 
 
 @dataclass
@@ -28,13 +28,18 @@ class Hyperparameters:
     batch_size: int = 512  # examples a step
     epochs: int = 30  # passes over the training part
     learning_rate: float = 1e-4  # of Adam
+    table_rate: float = ours(10.0, original=1.0)  # how many times as fast the head learns
+    decay: bool = ours(True, original=False)  # let the learning rates fall in a line to 0 at the last step
     beta1: float = 0.9  # of Adam
+    loss: str = ours("softmax", original="bce")  # cross entropy among all targets; bce: against one uniform negative
+    dropout: float = ours(0.3, original=0.0)  # share of the activations that a step leaves out: items, blocks, states
     l2: float = 0.02  # weight decay of the task's head, as a loss term: l2 * sum(w^2) / 2
     prune_ratio: float = 0.7  # share of the free weights that stays free for later tasks
     test_fraction: float = 0.2  # share of the examples held out: half validation, half test
     eval_every: int = 0  # steps between evaluations on validation; 0: once an epoch
     snapshot_minutes: float = 10  # between snapshots that a killed run goes on from; 0: at evaluations only
     top_k: int = 1  # a prediction is right if the class is among so many best; 1: accuracy as usual
+    as_original: bool = False  # learn as the published code does: its value wherever another default stands here
     overwrite: bool = False  # do the stage over if it is finished, or was begun with other settings
 
 
@@ -42,8 +47,7 @@ def main(hp: Hyperparameters) -> None:
     items = data_loader.read_index(hp.index_path)
     data = data_loader.load_examples(hp.data_path, hp.test_fraction, items)
     run = training.Run(hp, Reading(4, "tp"), data, metric="accuracy")
-    negatives = samplers.TargetSampler(samplers.uniform_probabilities(len(data.target_vocabulary)))
-    run.train(losses.PairLoss(losses.bce, negatives, hp.l2))
+    run.train(losses.target(hp, data))
     run.prune()
     run.save()
 

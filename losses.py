@@ -4,16 +4,18 @@ Batches come on the CPU, where negatives and labels are made ready without waiti
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import samplers
+from data_loader import TaskData
 from matmul import matmul_dtype, wide_linear
 from nextitnet import NextItNet
 from processes import Share
 from pruning import Reading
-from samplers import LogUniformSampler, TargetSampler
 
 LOGITS_AT_ONCE = 1 << 26  # 256 MB whatever the number of negatives, and half as much again for bfloat16 products
 
@@ -98,14 +100,16 @@ def sampled_softmax(
     return SampledSoftmax.apply(hidden, own, weight, bias, places[labels], matmul_dtype(hidden))
 
 
-def full_softmax(hidden: Tensor, labels: Tensor, head: nn.Linear) -> Tensor:
-    """The summed cross entropy of `labels` (N,) given `hidden` (N, C) against all items.
+def full_softmax(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The summed cross entropy of `labels` (N,) given `hidden` (N, C) among all rows of `weight` (n, C), `bias` (n,).
 
     In the blocks of SampledSoftmax, which on 2 cores take 0.61 s for 1,568 rows and 33,080 items;
     F.linear_cross_entropy takes 0.70 s with all logits in memory and 2.5 s in chunks.
     """
-    own = (hidden * rows(head.weight, labels)).sum(dim=1) + entries(head.bias, labels)
-    return SampledSoftmax.apply(hidden, own, head.weight, head.bias, labels, matmul_dtype(hidden))
+    if bias is None:
+        bias = weight.new_zeros(len(weight))
+    own = (hidden * rows(weight, labels)).sum(dim=1) + entries(bias, labels)
+    return SampledSoftmax.apply(hidden, own, weight, bias, labels, matmul_dtype(hidden))
 
 
 def bpr(positive: Tensor, negative: Tensor) -> Tensor:
@@ -121,7 +125,7 @@ def bce(positive: Tensor, negative: Tensor) -> Tensor:
 class NextItemLoss:
     """Task 1: the next item at every position, by sampled softmax, or full softmax if the sample is to be all items."""
 
-    def __init__(self, sampler: LogUniformSampler, ignored_label: int | None):
+    def __init__(self, sampler: samplers.LogUniformSampler, ignored_label: int | None):
         """Positions whose next item is `ignored_label` do not count; None: all count, as in the original."""
         self.sampler, self.ignored_label = sampler, ignored_label
 
@@ -151,13 +155,18 @@ class NextItemLoss:
             counts = [self.sampler.expected_count(ids, draws) for ids in (labels, negatives)]
             labels, negatives, *counts = (to_device(tensor, device) for tensor in (labels, negatives, *counts))
             return sampled_softmax(hidden, labels, model.head(1), negatives, *counts) / total
-        return full_softmax(hidden, to_device(labels, device), model.head(1)) / total
+        return full_softmax(hidden, to_device(labels, device), model.head(1).weight, model.head(1).bias) / total
+
+
+def penalty(head: nn.Linear, l2: float, share: Share) -> Tensor:
+    """l2 * |head's weights|^2 / 2, or this process's share of it."""
+    return l2 / share.count * head.weight.square().sum() / 2
 
 
 class PairLoss:
-    """Tasks 2+: the target against one sampled negative, by `bpr` or `bce`, plus l2 * |head|^2 / 2."""
+    """Tasks 2+: the target against one sampled negative, by `bpr` or `bce`, plus the penalty."""
 
-    def __init__(self, compare: Callable[[Tensor, Tensor], Tensor], sampler: TargetSampler, l2: float):
+    def __init__(self, compare: Callable[[Tensor, Tensor], Tensor], sampler: samplers.TargetSampler, l2: float):
         self.compare, self.sampler, self.l2 = compare, sampler, l2
 
     def __call__(
@@ -170,13 +179,53 @@ class PairLoss:
         share: Share = Share(),
     ) -> Tensor:
         """The mean over the batch (`inputs` (B, T), `targets` (B,)) plus the penalty, or this process's share of it."""
-        head = model.head(reading.task).weight
+        head = model.head(reading.task)
         total = len(targets)
         pairs = torch.stack([targets, self.sampler.draw(targets, generator)], dim=1)  # (B, 2)
-        inputs, pairs = (to_device(share.of(tensor), head.device) for tensor in (inputs, pairs))
+        inputs, pairs = (to_device(share.of(tensor), head.weight.device) for tensor in (inputs, pairs))
         user = model.user_representation(inputs, reading)  # (B, C)
-        positive, negative = (rows(head, pairs) * user[:, None]).sum(dim=2).unbind(1)  # (B,)
-        return self.compare(positive, negative).sum() / total + self.l2 / share.count * head.square().sum() / 2
+        positive, negative = (rows(head.weight, pairs) * user[:, None]).sum(dim=2).unbind(1)  # (B,)
+        return self.compare(positive, negative).sum() / total + penalty(head, self.l2, share)
 
 
-Loss = NextItemLoss | PairLoss
+class TargetLoss:
+    """Tasks 2+: cross entropy of the target among all, `<UNK>` left out as it is in scores, plus the penalty."""
+
+    def __init__(self, l2: float):
+        self.l2 = l2
+
+    def __call__(
+        self,
+        model: NextItNet,
+        reading: Reading,
+        inputs: Tensor,
+        targets: Tensor,
+        generator: torch.Generator,
+        share: Share = Share(),
+    ) -> Tensor:
+        """As PairLoss; draws nothing."""
+        head = model.head(reading.task)
+        own_inputs, own_targets = (to_device(share.of(tensor), head.weight.device) for tensor in (inputs, targets))
+        user = model.user_representation(own_inputs, reading)  # (B, C)
+        return full_softmax(user, own_targets - 1, head.weight[1:]) / len(targets) + penalty(head, self.l2, share)
+
+
+Loss = NextItemLoss | PairLoss | TargetLoss
+
+
+def next_item(hp: Any, data: TaskData) -> NextItemLoss:
+    """The loss that the hyperparameters of a task 1 script ask for."""
+    negatives = samplers.LogUniformSampler(len(data.items), hp.negative_fraction)
+    return NextItemLoss(negatives, None if hp.padding_in_loss else data.padding_id)
+
+
+def target(hp: Any, data: TaskData) -> PairLoss | TargetLoss:
+    """The loss that the hyperparameters of a later task's script ask for: negatives by `rho`, or without it uniform."""
+    if hp.loss == "softmax":
+        return TargetLoss(hp.l2)
+    size = len(data.target_vocabulary)
+    if hasattr(hp, "rho"):
+        probabilities = samplers.static_probabilities(data.targets, size, hp.rho)
+    else:
+        probabilities = samplers.uniform_probabilities(size)
+    return PairLoss({"bpr": bpr, "bce": bce}[hp.loss], samplers.TargetSampler(probabilities), hp.l2)

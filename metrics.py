@@ -35,6 +35,7 @@ def rank_examples(
 
     InputError if the model has diverged.
     """
+    model.eval()
     share, head = processes.own_share(), model.head(reading.task)
     ranks = torch.zeros(len(examples), dtype=torch.int64, device=device)
     at_once = min(EVALUATION_BATCH, max(1, SCORES_AT_ONCE // head.out_features))

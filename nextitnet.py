@@ -35,18 +35,20 @@ class CausalConv(OwnedWeight):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv2(relu(LN2(conv1(relu(LN1(x)))))); conv1 has the block's dilation, conv2 twice that."""
+    """x + dropout(conv2(relu(LN2(conv1(relu(LN1(x))))))); conv1 has the block's dilation, conv2 twice that."""
 
-    def __init__(self, channels: int, kernel_size: int):
+    def __init__(self, channels: int, kernel_size: int, dropout: nn.Dropout):
         super().__init__()
         self.ln1 = nn.LayerNorm(channels, eps=LAYER_NORM_EPS)
         self.conv1 = CausalConv(channels, kernel_size)
         self.ln2 = nn.LayerNorm(channels, eps=LAYER_NORM_EPS)
         self.conv2 = CausalConv(channels, kernel_size)
+        self.dropout = dropout
 
     def forward(self, x: Tensor, reading: Reading, block_plan: BlockPlan) -> Tensor:
         inner = self.conv1(F.relu(self.ln1(x)), reading, block_plan.conv1)
-        return x[block_plan.residual] + self.conv2(F.relu(self.ln2(inner)), reading, block_plan.conv2)
+        outer = self.conv2(F.relu(self.ln2(inner)), reading, block_plan.conv2)
+        return x[block_plan.residual] + self.dropout(outer)
 
 
 class NextItNet(nn.Module):
@@ -65,7 +67,8 @@ class NextItNet(nn.Module):
         self.position = nn.Embedding(positions, channels) if positions else None
         if positions:
             truncated_normal_(self.position.weight)
-        self.blocks = nn.ModuleList(ResidualBlock(channels, kernel_size) for _ in dilations)
+        self.dropout = nn.Dropout(0.0)  # of items, blocks and hidden states; training sets its share
+        self.blocks = nn.ModuleList(ResidualBlock(channels, kernel_size, self.dropout) for _ in dilations)
         self.heads = nn.ModuleDict()  # by task number, as a string
         self.add_head(1, items)
 
@@ -95,9 +98,10 @@ class NextItNet(nn.Module):
             # Counted from the right, because padding is on the left.
             order = torch.arange(ids.shape[1], device=ids.device) - ids.shape[1] + self.position.num_embeddings
             x = x + self.position(order[positions].clamp(min=0))[:, None]
+        x = self.dropout(x)
         for block, block_plan in zip(self.blocks, blocks):
             x = block(x, reading, block_plan)
-        return x
+        return self.dropout(x)
 
     def user_representation(self, ids: Tensor, reading: Reading) -> Tensor:
         """(B, C): the last hidden state, which has seen the whole sequence."""
@@ -106,6 +110,10 @@ class NextItNet(nn.Module):
     def scores(self, ids: Tensor, reading: Reading) -> Tensor:
         """(B, items or classes of the task)."""
         return self.head(reading.task)(self.user_representation(ids, reading))
+
+    def tables(self, task: int) -> set[nn.Parameter]:
+        """What holds a row for every item or class, of which a batch reaches few: the embedding and the task's head."""
+        return {self.embedding.weight, *self.head(task).parameters()}
 
     def train_only(self, reading: Reading) -> list[nn.Parameter]:
         """Lets gradients reach what this stage trains, and returns it.

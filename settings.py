@@ -43,6 +43,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eval_every": (lambda v: v >= 0, "0 (once an epoch) or a number of steps"),
     "top_k": (lambda v: v >= 1, "at least 1"),
     "learning_rate": (lambda v: 0 < v <= 1e30, "above 0"),
+    "table_rate": (lambda v: 0 < v <= 1e30, "above 0"),
     "beta1": (lambda v: 0 <= v < 1, "from 0 to below 1"),
     "test_fraction": (lambda v: 0 < v < 1, "between 0 and 1"),
     "prune_ratio": (lambda v: 0 < v < 1, "between 0 and 1: the share of the free weights that stays free"),
@@ -50,6 +51,8 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dilations": (lambda v: 1 <= min(v) and max(v) <= 10_000, "whole numbers from 1 to 10000, such as 1,4,1,4"),
     "kernel_size": (lambda v: 1 <= v <= 100, "from 1 to 100"),
     "negative_fraction": (lambda v: 0 < v <= 1, "above 0 and at most 1: a share of all items"),
+    "dropout": (lambda v: 0 <= v < 1, "from 0 to below 1"),
+    "loss": (lambda v: v in ("softmax", "bpr", "bce"), "softmax, bpr or bce"),
     "split": (lambda v: v in ("test", "validation", "heldout"), "test, validation or heldout"),
     "length": (lambda v: v >= 2, "at least 2"),
     "task": (lambda v: 1 <= v <= 255, "from 1 to 255"),
@@ -57,11 +60,17 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "targets": (lambda v: v >= 3, "at least 3"),
     "rows": (lambda v: v >= 10, "at least 10"),
     "steps": (lambda v: v >= 1, "at least 1"),
+    "seeds": (lambda v: v >= 1, "at least 1"),
     "users": (lambda v: v >= 1, "at least 1"),
     "history": (lambda v: 0 < v < 1, "between 0 and 1"),
     "rho": (lambda v: 0 < v < float("inf"), "above 0"),
     "l2": (lambda v: 0 <= v < float("inf"), "0 or more"),
 }
+
+
+def ours(value: Any, original: Any) -> Any:
+    """A field of a block whose value is not the original's; `--as_original` sets it to that."""
+    return dataclasses.field(default=value, metadata={"original": original})
 
 
 def parse(text: str, kind: type) -> Any:
@@ -81,8 +90,9 @@ def is_of(value: Any, kind: type) -> bool:
 
 
 def comments(block: type) -> dict[str, str]:
-    """The comment behind each field of a hyperparameter block."""
-    return dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(block), re.MULTILINE))
+    """The comment behind each field of a hyperparameter block, those that it inherits included."""
+    source = "".join(inspect.getsource(each) for each in reversed(block.__mro__[:-1]))
+    return dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -101,6 +111,8 @@ def from_command_line(block: type, about: str, arguments: list[str] | None = Non
     kinds, help_texts = get_type_hints(block), comments(block)
     for field in dataclasses.fields(block):
         default = f" [{printable(field.default)}]" if field.default != "" else ""
+        if "original" in field.metadata:
+            default = f"{default.removesuffix(']')}; the original: {printable(field.metadata['original'])}]"
         parser.add_argument(
             f"--{field.name}",
             metavar=KINDS[kinds[field.name]],
@@ -115,6 +127,9 @@ def from_command_line(block: type, about: str, arguments: list[str] | None = Non
             except ValueError:
                 raise InputError(f"--{name} {text!r} is not of the form {KINDS[kinds[name]]}") from None
     hyperparameters = block(**values)
+    if getattr(hyperparameters, "as_original", False):
+        original = {field.name: field.metadata.get("original") for field in dataclasses.fields(block)}
+        hyperparameters = block(**{name: v for name, v in original.items() if v is not None} | values)
     for field in dataclasses.fields(hyperparameters):
         value = getattr(hyperparameters, field.name)
         if not is_of(value, kinds[field.name]):

@@ -23,6 +23,8 @@ NOT_IDENTITY = {"data_path", "index_path", "checkpoint_dir", "snapshot_minutes",
 class Stage:
     """One stage of one task in a checkpoint folder, which stays locked until the process ends."""
 
+    network = NextItNet  # the class of the model
+
     def __init__(self, hp: Any, reading: Reading, data: TaskData):
         """Raises InputError if the stage before is missing or does not fit, NothingToDo if this one is finished."""
         self.hp, self.reading, self.data = hp, reading, data
@@ -31,8 +33,7 @@ class Stage:
         self.snapshot_path = checkpoint.snapshot_of(self.path)
         self.before: dict[str, Any] | None = None  # the checkpoint that the stage starts from
         self.tasks, self.lineage, made_from = {}, {}, ""
-        if reading != Reading(1, "tp"):
-            path = checkpoint.path_of(hp.checkpoint_dir, *checkpoint.stage_before(*reading))
+        if path := self.predecessor():
             self.before, made_from = checkpoint.load(path)
             self.check_fit(path)
             self.tasks = self.before["tasks"]
@@ -41,6 +42,12 @@ class Stage:
         self.identity |= {"data": data.digest, "vocabulary": data.items.digest, "checkpoint before": made_from}
         if os.path.exists(self.path) and not hp.overwrite:
             self.refuse_if_finished()
+
+    def predecessor(self) -> str | None:
+        """The path of the checkpoint that the stage starts from; None if it starts from nothing."""
+        if self.reading == Reading(1, "tp"):
+            return None
+        return checkpoint.path_of(self.hp.checkpoint_dir, *checkpoint.stage_before(*self.reading))
 
     def check_fit(self, path: str) -> None:
         """InputError if the checkpoint before, at `path`, has other item ids, or, for ret, other examples."""
@@ -86,9 +93,10 @@ class Stage:
         if self.before is None:
             positions = self.data.rows.shape[1] if self.hp.positional_embedding else 0
             items = len(self.data.items)
-            return NextItNet(items, self.hp.channels, self.hp.dilations, self.hp.kernel_size, positions)
-        model = checkpoint.build_model(self.before)
-        if stage == "tp":
+            model = self.network(items, self.hp.channels, self.hp.dilations, self.hp.kernel_size, positions)
+        else:
+            model = checkpoint.build_model(self.before, self.network)
+        if stage == "tp" and task > 1:
             if not pruning.shares(model).get(pruning.FREE):
                 raise InputError(f"no free weights are left for task {task}: give earlier tasks a higher --prune_ratio")
             model.add_head(task, len(self.data.target_vocabulary))
@@ -129,7 +137,7 @@ class Stage:
             "targets": self.data.target_vocabulary.to_tensor(),
             "target_count": len(self.data.target_vocabulary),
             "prune_ratio": record.get("prune_ratio") or self.hp.prune_ratio,
-            "state": "pruned" if stage == "tp" else "ret",
+            "state": list(scores)[-1],
             "results": record.get("results", {}) | scores,
             "hyperparameters": record.get("hyperparameters", {})
             | {stage: {name: printable(value) for name, value in vars(self.hp).items()}},

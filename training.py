@@ -4,7 +4,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ import processes
 import pruning
 from data_loader import TaskData
 from losses import Loss
+from nextitnet import NextItNet
 from pruning import Reading
 from reporting import Progress, Results
 from settings import InputError, printable
@@ -33,9 +34,17 @@ BETA2, ADAM_EPS = 0.999, 1e-8  # the original's, which are Adam's defaults
 PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def adam(parameters: list[nn.Parameter], learning_rate: float, beta1: float) -> torch.optim.Adam:
-    """Fused, which makes no copies of the large tables."""
+def adam(parameters: list, learning_rate: float, beta1: float) -> torch.optim.Adam:
+    """Fused, which makes no copies of the large tables. `parameters` may be groups with a learning rate of their own."""
     return torch.optim.Adam(parameters, lr=learning_rate, betas=(beta1, BETA2), eps=ADAM_EPS, fused=True)
+
+
+def parameter_groups(model: NextItNet, task: int, table_rate: float) -> list[dict[str, Any]]:
+    """What the model lets train, in two groups for Adam: its tables, with `table_rate` as learning rate, and the rest."""
+    tables = model.tables(task)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    others = [parameter for parameter in trained if parameter not in tables]
+    return [{"params": others}, {"params": [each for each in trained if each in tables], "lr": table_rate}]
 
 
 def make_deterministic(device: torch.device) -> None:
@@ -57,18 +66,24 @@ class Best:
 class Run:
     """The training of one stage, from data to checkpoint."""
 
-    def __init__(self, hp: Any, reading: Reading, data: TaskData, metric: str = "ranking"):
-        """`hp` is the script's hyperparameter block; goes on from a snapshot if there is one. Raises as Stage does."""
+    def __init__(
+        self, hp: Any, reading: Reading, data: TaskData, metric: str = "ranking", stage: Callable[..., Stage] = Stage
+    ):
+        """`hp` is the script's hyperparameter block; goes on from a snapshot if there is one. Raises as `stage` does,
+        which makes the stage from the first three."""
         self.hp, self.reading, self.data, self.metric = hp, reading, data, metric
         self.device = pick_device(hp.device)
-        self.stage = Stage(hp, reading, data)
+        self.stage = stage(hp, reading, data)
         make_deterministic(self.device)
         torch.manual_seed(hp.seed)
         self.model = self.stage.start_model().to(self.device)
+        self.model.dropout.p = hp.dropout
         self.trained = self.model.train_only(reading)
         on_gpu = self.device.type == "cuda"
         self.precision = PRECISIONS[hp.precision] or (torch.bfloat16 if on_gpu else torch.float32)
-        self.optimiser = adam(self.trained, hp.learning_rate, hp.beta1)
+        groups = parameter_groups(self.model, reading.task, hp.table_rate * hp.learning_rate)
+        self.optimiser = adam(groups, hp.learning_rate, hp.beta1)
+        self.full_rates = [group["lr"] for group in self.optimiser.param_groups]  # before any decay
         self.generator = torch.Generator().manual_seed(hp.seed)
         self.step, self.epoch, self.seconds = 0, 0.0, 0.0  # trained so far; evaluation is not counted
         self.losses: list[torch.Tensor] = []  # of the steps since they were last checked
@@ -92,8 +107,8 @@ class Run:
         total = sum(parameter.numel() for parameter in self.model.parameters())
         owners = [layer.owner for layer in pruning.owned_weights(self.model)]
         frozen = sum(int((~pruning.used_and_trained(owner, self.reading)[1]).sum()) for owner in owners)
-        trained = sum(parameter.numel() for parameter in self.trained) - frozen
-        print(f"parameters: {total:,}, of which this stage trains {trained:,}")
+        self.trained_count = sum(parameter.numel() for parameter in self.trained) - frozen
+        print(f"parameters: {total:,}, of which this stage trains {self.trained_count:,}")
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         count = processes.own_share().count
         several = f"; {count} processes" if count > 1 else ""
@@ -117,6 +132,8 @@ class Run:
         with Progress(steps, self.step) as progress:
             for batch in self.batches(steps_per_epoch):
                 started = time.perf_counter()
+                if self.hp.decay:
+                    self.set_rates(1 - self.step / steps)
                 self.take_step(objective, batch)
                 self.epoch = round(self.step / steps_per_epoch, 4)
                 progress.advance(self.losses[-1])
@@ -146,8 +163,14 @@ class Run:
             objective = DistributedDataParallel(objective, forward_sync_buffers=False, gradient_as_bucket_view=True)
         return objective
 
+    def set_rates(self, share: float) -> None:
+        """Learning rates of so large a share of what they are in full."""
+        for group, rate in zip(self.optimiser.param_groups, self.full_rates):
+            group["lr"] = share * rate
+
     def take_step(self, objective: nn.Module, batch: np.ndarray) -> None:
         """One step of Adam; adds the whole batch's loss, which a GPU may still be computing, to `losses`."""
+        objective.train()
         value = objective(*self.data.batch(batch))
         self.optimiser.zero_grad()
         (value * processes.own_share().count).backward()  # as the processes' gradients are averaged
@@ -208,6 +231,7 @@ class Run:
             "epoch": self.epoch,
             "seconds": self.seconds,
             "generator": self.generator.get_state(),
+            "dropout": (torch.cuda if self.device.type == "cuda" else torch).get_rng_state(),
             "epoch_start": self.epoch_start,
             "results": self.results.own,
         }
@@ -222,6 +246,7 @@ class Run:
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.epoch, self.seconds = state["step"], state["epoch"], state["seconds"]
         self.generator.set_state(state["generator"])
+        (torch.cuda if self.device.type == "cuda" else torch).set_rng_state(state["dropout"])
         self.epoch_start = state["epoch_start"]
         self.results.own = state["results"]
         print(f"going on from {self.stage.snapshot_path}: step {self.step}, epoch {self.epoch:g}")
@@ -249,6 +274,7 @@ class Run:
     def save(self) -> None:
         """Writes the stage's checkpoint and says what to run next."""
         facts = {"metric": self.metric, "top_k": self.hp.top_k, "epoch": self.epoch, "seconds": self.seconds}
+        facts["trained"] = self.trained_count
         if processes.is_main():
             self.stage.write_checkpoint(self.model, facts, self.scores)
         self.stop.end()

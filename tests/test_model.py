@@ -153,7 +153,8 @@ def test_training_moves_only_what_the_stage_trains(reading, precision):
     if reading.stage == "ret":
         pruning.prune(model, 2, [0.7, 0.7])
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    adam = training.adam(model.train_only(reading), learning_rate=0.1, beta1=0.9)
+    model.train_only(reading)
+    adam = training.adam(training.parameter_groups(model, 2, table_rate=0.2), learning_rate=0.1, beta1=0.9)
     loss = losses.PairLoss(losses.bpr, TargetSampler(uniform_probabilities(7)), l2=0.1)
     objective = training.Objective(loss, model, reading, torch.Generator().manual_seed(1), precision)
     for _ in range(3):
@@ -168,6 +169,26 @@ def test_training_moves_only_what_the_stage_trains(reading, precision):
             assert (after[name][trained] != value[trained]).any()
         else:
             assert torch.equal(after[name], value) == (name != "heads.2.weight"), name
+
+
+def test_tables_have_a_learning_rate_of_their_own():
+    model, reading = small_model(), Reading(1, "tp")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train_only(reading)
+    adam = training.adam(training.parameter_groups(model, 1, table_rate=0.05), learning_rate=0.01, beta1=0.9)
+    loss = losses.NextItemLoss(LogUniformSampler(50, 1.0), None)
+    loss(model, reading, torch.randint(50, (16, 12)), torch.randint(1, 50, (16,)), None).backward()
+    adam.step()  # whose first step moves a weight by the learning rate, whatever the gradient's size
+    for name, rate in (("embedding.weight", 5), ("heads.1.bias", 5), ("blocks.0.conv1.weight", 1), ("blocks.0.ln1.bias", 1)):
+        assert (model.state_dict()[name] - before[name]).abs().max() == pytest.approx(0.01 * rate, rel=1e-3), name
+
+
+def test_dropout_is_of_training_alone():
+    model, ids = small_model(), torch.randint(50, (4, 12))
+    whole = model(ids, Reading(1, "tp"))
+    model.dropout.p = 0.5
+    assert (model(ids, Reading(1, "tp")) != whole).any()
+    assert torch.equal(model.eval()(ids, Reading(1, "tp")), whole)
 
 
 @pytest.mark.parametrize("negative_fraction", [0.5, 1.0])

@@ -4,6 +4,7 @@ The recorded numbers and their tolerances are described in tests/reference/READM
 are named by the environment variable CONURE_REFERENCE.
 """
 
+import importlib
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import losses
 import metrics
 import pruning
 import samplers
+import settings
 from nextitnet import LAYER_NORM_EPS, NextItNet
 from pruning import Reading
 
@@ -89,13 +91,29 @@ class Recording:
         ids = self.tensor(f"task{task}/input_ids")
         return ids[:, :-1], ids[:, -1]
 
+    def data(self, task: int) -> data_loader.TaskData:
+        """The recorded batch as a task's data."""
+        inputs, targets = (tensor.int().numpy() for tensor in self.batch(task))
+        sizes = [self.config["num_items"], *self.config["target_sizes"]]
+        items, target_vocabulary = (
+            data_loader.Vocabulary([data_loader.UNKNOWN, *map(str, range(1, size))]) for size in (sizes[0], sizes[task - 1])
+        )
+        everything = np.arange(len(targets))
+        return data_loader.TaskData(
+            "", "", inputs, everything, targets, items, target_vocabulary, 0, 0, 0, {"train": everything}
+        )
+
     def loss(self, task: int, stage: str) -> losses.Loss:
-        """The loss that the stage trains, with the recorded negatives in place of drawn ones."""
+        """The loss that the scripts train with --as_original, with the recorded negatives in place of drawn ones."""
+        block = importlib.import_module(f"conure_{stage}_t{min(task, 2)}").Hyperparameters
         if task == 1:
-            return losses.NextItemLoss(RecordedNegatives(self, stage), ignored_label=None)
-        negatives = samplers.TargetSampler(samplers.uniform_probabilities(self.config["target_sizes"][task - 2]))
-        negatives.draw = lambda targets, generator: self.tensor(f"task{task}/negatives").flatten()
-        return losses.PairLoss(losses.bpr, negatives, float(self.arrays[f"task{task}/l2"]))
+            loss = losses.next_item(settings.from_command_line(block, "", ["--as_original"]), self.data(1))
+            loss.sampler = RecordedNegatives(self, stage)
+            return loss
+        l2 = str(self.arrays[f"task{task}/l2"])
+        loss = losses.target(settings.from_command_line(block, "", ["--as_original", "--l2", l2]), self.data(task))
+        loss.sampler.draw = lambda targets, generator: self.tensor(f"task{task}/negatives").flatten()
+        return loss
 
 
 class RecordedNegatives(samplers.LogUniformSampler):

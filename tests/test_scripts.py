@@ -86,7 +86,7 @@ def test_a_missing_gpu_is_said(run_here, demo):
 
 def test_compiled_training_is_that_of_the_plain_code(run_here, demo, tmp_path):
     """And where there is no compiler, one line says so."""
-    small = ["--channels", "8", "--dilations", "1", "--epochs", "1", "--learning_rate", "1e-4"]
+    small = ["--channels", "8", "--dilations", "1", "--epochs", "1", "--learning_rate", "1e-4", "--dropout", "0"]
     scores = []
     for number, more in enumerate(([], ["--compile"])):
         folder = str(tmp_path / str(number))
@@ -204,19 +204,24 @@ def test_each_script_trains_its_own_loss(run_here, monkeypatch, chain, tmp_path,
     shutil.copytree(chain[0], folder)
 
     def see(run, loss):
-        seen.append(loss)
+        seen.append((loss, run.model.dropout.p))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training.Run, "train", see)
     given = ["--negative_fraction", "0.5", "--padding_in_loss"] if task == 1 else ["--l2", "0.125"]
-    assert run_here(f"conure_{stage}_t{task}.py", *flags(folder, task), *given, "--overwrite")[0] == 130
-    (loss,) = seen
+    for arguments in (given, ["--as_original"], ["--as_original", *given]):
+        assert run_here(f"conure_{stage}_t{task}.py", *flags(folder, task), *arguments, "--overwrite")[0] == 130
+    improved, original, both = (loss for loss, _ in seen)
+    assert [dropout for _, dropout in seen] == [0.2, 0, 0]
     if task == 1:
-        assert loss.sampler.count == loss.sampler.items // 2 and loss.ignored_label is None
+        items = original.sampler.items
+        assert [loss.sampler.count for loss in (improved, original, both)] == [items // 2, items // 5, items // 2]
+        assert improved.ignored_label is None and original.ignored_label is None
         run_here(f"conure_{stage}_t{task}.py", *flags(folder, task), "--overwrite")
-        assert seen[1].sampler.count == seen[1].sampler.items // 5 and seen[1].ignored_label > 0
+        assert seen[3][0].sampler.count == items and seen[3][0].ignored_label > 0
     else:
-        assert loss.l2 == 0.125
-        assert loss.compare is (losses.bce if task == 4 else losses.bpr)
-        steps = loss.sampler.cumulative.diff()
+        assert isinstance(improved, losses.TargetLoss) and improved.l2 == both.l2 == 0.125
+        assert original.l2 == (0.05 if task == 3 else 0.02)
+        assert original.compare is (losses.bce if task == 4 else losses.bpr)
+        steps = original.sampler.cumulative.diff()
         assert (steps.max() - steps.min() < 1e-9) == (task == 4), "uniform for classes, by popularity for items"

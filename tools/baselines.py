@@ -1,0 +1,359 @@
+"""Does one model for all tasks pay? The paper's comparisons (section 4), every method with the scripts' own settings.
+
+  Conure           the eight scripts
+  no_retraining    Conure, each task pruned and left as it then is
+  no_task_2        Conure, task 3 learned right after task 1
+  SinMo            a model of its own for every task, from nothing
+  SinMoAll         one model trained task after task, with nothing protected: it forgets
+  FineAll          every task fine-tunes all of a copy of task 1's SinMo
+  FineHead         every task trains a head on task 1's SinMo, and nothing else
+  MTL              a model for every task, trained on it and on task 1 at once
+  PeterRec         task 1's SinMo frozen, small adapters and a head trained for every task
+  popular          no model: the most popular targets or the majority class of the training part
+
+A task that Conure trains and retrains is trained for as many epochs by the others. READS the task files in data_dir.
+WRITES to output_dir a folder per seed and method, from which a killed run goes on, then baselines.csv (a row per
+method, task and seed) and baselines.md (mean and standard deviation over the seeds).
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import settings  # isort: skip (before torch, whose threads it tells how to wait)
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import checkpoint
+import data_loader
+import losses
+import metrics
+import training
+from files import whole_file
+from nextitnet import CausalConv, NextItNet
+from pruning import Reading
+from settings import InputError
+from tools import study
+
+TASKS = (1, 2, 3, 4)
+ADAPTER_SHARE = 4  # channels of the network per channel of an adapter
+
+
+@dataclass
+class Hyperparameters(study.Settings):
+    output_dir: str = "checkpoints/baselines"  # a folder per seed and method, baselines.csv and baselines.md
+    only: str = ""  # one of the methods, and what it starts from; empty: all
+
+
+def only_named(model: nn.Module, chosen: Callable[[str], bool]) -> list[nn.Parameter]:
+    """Lets gradients reach the parameters whose names are chosen, and returns them."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(chosen(name))
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+class Unprotected(NextItNet):
+    """Trains everything but the heads of other tasks; it is never pruned, so that all weights are free."""
+
+    def train_only(self, reading: Reading) -> list[nn.Parameter]:
+        return only_named(self, lambda name: not name.startswith("heads.") or self.is_own(name, reading.task))
+
+    def is_own(self, name: str, task: int) -> bool:
+        return name.startswith(f"heads.{task}.")
+
+
+class Joint(Unprotected):
+    """Trains task 1's head too."""
+
+    def is_own(self, name: str, task: int) -> bool:
+        return name.startswith((f"heads.{task}.", "heads.1."))
+
+
+class HeadOnly(NextItNet):
+    def train_only(self, reading: Reading) -> list[nn.Parameter]:
+        return only_named(self, lambda name: name.startswith(f"heads.{reading.task}."))
+
+
+class Adapter(nn.Module):
+    """x + up(relu(down(x))), which is x to begin with."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.down = nn.Linear(channels, channels // ADAPTER_SHARE)
+        self.up = nn.Linear(channels // ADAPTER_SHARE, channels)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(F.relu(self.down(x)))
+
+
+class Adapted(NextItNet):
+    """An adapter behind every convolution: "Parameter-Efficient Transfer from Sequential Behaviors for User Modeling
+    and Recommendation" (Yuan et al., SIGIR 2020), serial insertion."""
+
+    def add_head(self, task: int, size: int) -> None:
+        super().add_head(task, size)
+        if task > 1:
+            for conv in (module for module in self.modules() if isinstance(module, CausalConv)):
+                conv.adapter = Adapter(self.architecture["channels"])
+                conv.register_forward_hook(lambda conv, _, output: conv.adapter(output))
+
+    def train_only(self, reading: Reading) -> list[nn.Parameter]:
+        return only_named(self, lambda name: ".adapter." in name or name.startswith(f"heads.{reading.task}."))
+
+
+class JointLoss:
+    """A task's loss plus task 1's on a batch of its own."""
+
+    def __init__(self, own: losses.Loss, first: losses.Loss, data: data_loader.TaskData, batch_size: int):
+        self.own, self.first, self.data, self.batch_size = own, first, data, batch_size
+
+    def __call__(self, model: NextItNet, reading: Reading, inputs: Tensor, targets: Tensor, generator, share):
+        examples = self.data.splits["train"]
+        drawn = examples[torch.randint(len(examples), (self.batch_size,), generator=generator).numpy()]
+        first = self.first(model, Reading(1, reading.stage), *self.data.batch(drawn), generator, share)
+        return self.own(model, reading, inputs, targets, generator, share) + first
+
+
+@dataclass
+class Step:
+    """The learning of one task by one method, from checkpoint to checkpoint."""
+
+    method: str
+    task: int  # whose data it learns
+    stage: str = "tp"
+    start: "Step | None" = None
+    network: type[NextItNet] = NextItNet
+    number: int = 0  # of the task in the model, where it is another
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(self.number or self.task, self.stage)
+
+
+def conure(tasks: Iterable[int] = TASKS) -> list[Step]:
+    steps = []
+    for task in tasks:
+        steps.append(Step("Conure", task, "tp", steps[-1] if steps else None))
+        steps.append(Step("Conure", task, "ret", steps[-1]))
+    return steps
+
+
+def no_retraining() -> list[Step]:
+    steps = conure([1])[:1]
+    for task in TASKS[1:]:
+        steps.append(Step("no_retraining", task, "tp", steps[-1]))
+    return steps
+
+
+def no_task_2() -> list[Step]:
+    steps = conure([1])
+    for stage in ("tp", "ret"):
+        steps.append(Step("no_task_2", 3, stage, steps[-1], number=2))
+    return steps
+
+
+def sinmo(tasks: Iterable[int] = TASKS) -> list[Step]:
+    return [Step("SinMo", task, network=Unprotected) for task in tasks]
+
+
+def one_after_the_other() -> list[Step]:
+    steps = sinmo([1])
+    for task in TASKS[1:]:
+        steps.append(Step("SinMoAll", task, "tp", steps[-1], Unprotected))
+    return steps
+
+
+def from_task_1(method: str, network: type[NextItNet]) -> list[Step]:
+    (first,) = sinmo([1])
+    return [first, *(Step(method, task, "tp", first, network) for task in TASKS[1:])]
+
+
+def joint() -> list[Step]:
+    return sinmo([1]) + [Step("MTL", task, network=Joint) for task in TASKS[1:]]
+
+
+METHODS: dict[str, Callable[[], list[Step]]] = {
+    "Conure": conure,
+    "no_retraining": no_retraining,
+    "no_task_2": no_task_2,
+    "SinMo": sinmo,
+    "SinMoAll": one_after_the_other,
+    "FineAll": partial(from_task_1, "FineAll", Unprotected),
+    "FineHead": partial(from_task_1, "FineHead", HeadOnly),
+    "MTL": joint,
+    "PeterRec": partial(from_task_1, "PeterRec", Adapted),
+}
+# Those whose last model serves all tasks; the others keep what each task trained.
+CHAINS = ("Conure", "no_retraining", "no_task_2", "SinMoAll")
+
+
+class Comparison(study.Study):
+    """All methods with one seed."""
+
+    def path(self, step: Step) -> str:
+        return checkpoint.path_of(str(self.folder / step.method), *step.reading)
+
+    def steps_per_epoch(self, task: int, batch_size: int) -> int:
+        return math.ceil(len(self.data(task).splits["train"]) / batch_size)
+
+    def run(self, step: Step) -> None:
+        """Trains the step, if that is not done yet."""
+        hp, data = self.settings(step.task, step.stage), self.data(step.task)
+        loss = self.loss(step.task, hp)
+        if step.network is not NextItNet:  # trained in one go, as long as Conure trains and retrains
+            hp.epochs += self.settings(step.task, "ret").epochs
+        if step.network is Joint:  # with as many batches of task 1 as task 1 has on its own
+            first = self.settings(1, "tp")
+            epochs = first.epochs + self.settings(1, "ret").epochs
+            wanted = epochs * self.steps_per_epoch(1, first.batch_size)
+            hp.epochs = max(hp.epochs, math.ceil(wanted / self.steps_per_epoch(step.task, hp.batch_size)))
+            loss = JointLoss(loss, self.loss(1, first), self.data(1), first.batch_size)
+        start, metric = self.path(step.start) if step.start else None, study.METRICS.get(step.task, "ranking")
+        self.learn(self.folder / step.method, hp, step.reading, data, loss, start, step.network, metric)
+
+    def content(self, step: Step) -> dict[str, Any]:
+        return checkpoint.load(self.path(step))[0]
+
+    def rows(self, method: str) -> Iterator[dict[str, Any]]:
+        """A row for every task that the method has learned: scores on test, parameters, bytes, seconds."""
+        steps = METHODS[method]()
+        contents = [self.content(step) for step in steps]
+        if method in CHAINS:
+            total = bytes_to_serve([(contents[-1], set(contents[-1]["tasks"]))])
+        else:
+            total = bytes_to_serve([(content, {step.task}) for step, content in zip(steps, contents)])
+        for task in sorted({step.task for step in steps}):
+            records = [
+                content["tasks"][step.reading.task] for step, content in zip(steps, contents) if step.task == task
+            ]
+            scores = records[-1]["results"][records[-1]["state"]]["test"]
+            yield {
+                "method": method,
+                "task": task,
+                "seed": self.seed,
+                "metric": next(iter(scores)),
+                "score": next(iter(scores.values())),
+                "n": scores["n"],
+                "trained": max(record["trained"] for record in records),
+                "bytes_all_tasks": total,
+                "seconds": sum(record["seconds"] for record in records),
+            }
+
+    def forgetting(self, method: str) -> Iterator[dict[str, Any]]:
+        """The test scores of tasks 1..k after task k, where one model has learned them all."""
+        steps = METHODS[method]()
+        last = {step.task: step for step in steps}  # of each task
+        device = training.pick_device(self.hp.device)
+        for after, step in last.items():
+            content = self.content(step)
+            model = checkpoint.build_model(content).to(device)
+            for task, record in content["tasks"].items():
+                reading = Reading(task, "tp" if record["state"] == "tp" else "inference")
+                test = metrics.evaluate(model, self.data(task), reading, record["metric"], record["top_k"], device)["test"]
+                yield {"method": method, "task": task, "after": after, "score": next(iter(test.values()))}
+
+    def popular(self) -> Iterator[dict[str, Any]]:
+        """Scores of the targets' frequencies in the training part."""
+        for task in TASKS:
+            data, metric = self.data(task), study.METRICS.get(task, "ranking")
+            train, test = (torch.from_numpy(data.targets[data.splits[split]]).long() for split in ("train", "test"))
+            frequency = train.bincount(minlength=len(data.target_vocabulary)).double()
+            ranks = metrics.target_ranks(frequency.expand(len(test), -1), test).numpy()
+            scores = metrics.score(ranks, metric, self.settings(task, "tp").top_k)
+            name, score = next(iter(scores.items()))
+            row = {"method": "popular", "task": task, "seed": self.seed, "metric": name, "score": score}
+            yield row | {"n": scores["n"], "trained": 0, "bytes_all_tasks": 0, "seconds": 0.0}
+
+
+def bytes_to_serve(served: Iterable[tuple[dict[str, Any], set[int]]]) -> int:
+    """Of all that the tasks' answers need, what several of them share counted once.
+
+    `served`: contents of checkpoints, with the tasks that each answers for.
+    """
+    needed = {}
+    for content, tasks in served:
+        for name, tensor in content["model"].items():
+            of_another = name.startswith("heads.") and int(name.split(".")[1]) not in tasks
+            unused = name.endswith(".owner") and not tensor.any()  # nothing was pruned
+            if not of_another and not unused:
+                data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+                needed[hashlib.sha256(data).digest()] = data.nbytes
+    return sum(needed.values())
+
+
+def mean_and_spread(values: pd.Series, digits: int = 4) -> str:
+    """`0.0599 ± 0.0022`: the mean and the standard deviation, which one value alone does not have."""
+    spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{spread}"
+
+
+def comparison(table: pd.DataFrame) -> list[str]:
+    """Markdown lines: a row a method, with its score on every task."""
+    metric = table.drop_duplicates("task").set_index("task")["metric"]
+    tasks = sorted(metric.index)
+    lines = [
+        "| method | " + " | ".join(f"task {task}, {metric[task]}" for task in tasks)
+        + " | trained, thousands | MB for all tasks | seconds |",
+        "|---" * (len(tasks) + 4) + "|",
+    ]  # fmt: skip
+    for method, rows in table.groupby("method", sort=False):
+        by_task = rows.groupby("task")
+        cells = [mean_and_spread(by_task.get_group(t)["score"]) if t in by_task.groups else "" for t in tasks]
+        trained = " / ".join(f"{by_task.get_group(t)['trained'].max() / 1e3:.0f}" for t in by_task.groups)
+        seconds = rows.groupby("seed")["seconds"].sum().median()
+        all_tasks = f"{rows['bytes_all_tasks'].max() / 1e6:.1f}" if len(by_task) == len(tasks) else ""
+        lines.append(f"| {method} | " + " | ".join([*cells, trained, all_tasks, f"{seconds:.0f}"]) + " |")
+    return lines
+
+
+def forgetting_table(table: pd.DataFrame) -> list[str]:
+    """Markdown lines: a row a method and task, with its scores after each further task."""
+    tasks = sorted(table["after"].unique())
+    lines = ["| method | task | " + " | ".join(f"after task {task}" for task in tasks) + " |"]
+    lines.append("|---" * (len(tasks) + 2) + "|")
+    for (method, task), rows in table.groupby(["method", "task"], sort=False):
+        after = rows.groupby("after")["score"]
+        cells = [mean_and_spread(after.get_group(t)) if t in after.groups else "" for t in tasks]
+        lines.append(f"| {method} | {task} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def main(hp: Hyperparameters) -> None:
+    if hp.only and hp.only not in [*METHODS, "popular"]:
+        raise InputError(f"--only {hp.only} is none of {', '.join([*METHODS, 'popular'])}")
+    methods = [hp.only] if hp.only else [*METHODS, "popular"]
+    scores, forgotten = [], []
+    for seed in range(hp.first_seed, hp.first_seed + hp.seeds):
+        runs = Comparison(hp, seed)
+        for method in methods:
+            print(f"seed {seed}: {method}", flush=True)
+            if method == "popular":
+                scores += runs.popular()
+                continue
+            for step in METHODS[method]():
+                runs.run(step)
+            scores += runs.rows(method)
+            if method in ("Conure", "SinMoAll"):
+                forgotten += runs.forgetting(method)
+    table = pd.DataFrame(scores)
+    lines = [f"Test scores, mean ± standard deviation over {hp.seeds} seeds.", "", *comparison(table)]
+    if forgotten:
+        lines += ["", "After learning further tasks:", "", *forgetting_table(pd.DataFrame(forgotten))]
+    name = f"baselines_{hp.only}" if hp.only else "baselines"
+    for suffix, text in (("csv", table.to_csv(index=False)), ("md", "\n".join(lines) + "\n")):
+        with whole_file(os.path.join(hp.output_dir, f"{name}.{suffix}")) as file:
+            file.write(text.encode())
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    settings.run(main, Hyperparameters, __doc__)

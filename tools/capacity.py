@@ -1,0 +1,150 @@
+"""How far does it go? Scores against the prune ratio and against the number of tasks that are learned already.
+
+For every prune ratio one model learns task 1 and then further tasks, made by splitting the targets of task 2 by their
+popularity rank, so that all are alike. At several depths a copy of the model learns task 3 as its next one.
+
+READS  the task files in data_dir
+WRITES to output_dir a folder per seed, from which a killed run goes on; capacity.csv; capacity.png, if matplotlib is
+       installed
+"""
+
+import itertools
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import settings  # isort: skip (before torch, whose threads it tells how to wait)
+
+import pandas as pd
+
+import checkpoint
+import data_loader
+import losses
+import pruning
+from files import whole_file
+from pruning import Reading
+from tools import study
+
+SPLIT_TASK, NEXT_TASK = 2, 3  # whose targets are split, and which task is learned at each depth
+
+
+@dataclass
+class Hyperparameters(study.Settings):
+    output_dir: str = "checkpoints/capacity"  # a folder per seed, capacity.csv and capacity.png
+    percents: tuple[int, ...] = (50, 70, 80, 90, 95)  # prune ratios to try, in per cent
+    depths: tuple[int, ...] = (1, 3, 6, 9)  # numbers of tasks after which task 3 is learned
+
+
+class Capacity(study.Study):
+    """All models of one seed."""
+
+    def parts(self, count: int) -> list[data_loader.TaskData]:
+        """Task 2's data split in so many tasks; each has every `count`-th target by falling frequency."""
+        with open(self.settings(SPLIT_TASK, "tp").data_path, encoding="utf-8") as file:
+            lines = [line.rstrip("\n").split(",,") for line in file]
+        frequency = Counter(itertools.chain.from_iterable(targets.split(",") for _, targets in lines))
+        part = {target: rank % count for rank, (target, _) in enumerate(frequency.most_common())}
+        data = []
+        for number in range(count):
+            path = Path(self.hp.output_dir) / "Data" / f"part_{number + 1}_of_{count}.csv"
+            chosen = [(row, [t for t in targets.split(",") if part[t] == number]) for row, targets in lines]
+            with whole_file(str(path)) as file:
+                file.write("".join(f"{row},,{','.join(own)}\n" for row, own in chosen if own).encode())
+            data.append(data_loader.load_examples(str(path), 0.2, self.data(1).items))
+        return data
+
+    def first(self, folder: Path, ratio: float) -> None:
+        """Task 1 pruned by `ratio` in `folder`: trained once for all ratios, as that comes before pruning."""
+        hp = self.settings(1, "tp")
+        self.learn(self.folder, hp, Reading(1, "tp"), self.data(1), self.loss(1, hp), None)
+        content, _ = checkpoint.load(checkpoint.path_of(str(self.folder), 1, "tp"))
+        model = checkpoint.build_model(content)
+        for layer in pruning.owned_weights(model):
+            layer.owner.fill_(pruning.FREE)
+        pruning.prune(model, 1, [ratio])
+        content["model"] = model.state_dict()
+        content["tasks"][1]["prune_ratio"] = ratio
+        path = checkpoint.path_of(str(folder), 1, "tp")
+        if not os.path.exists(path):
+            checkpoint.save(path, content)
+
+    def model(self, percent: int) -> Iterator[dict[str, Any]]:
+        """Learns all tasks with one prune ratio; a row for task 1 and for every depth."""
+        ratio, folder, parts = percent / 100, self.folder / f"ratio_{percent}", self.parts(max(self.hp.depths))
+        self.first(folder, ratio)
+        for number in range(1, max(self.hp.depths) + 1):
+            task, data = (1, self.data(1)) if number == 1 else (SPLIT_TASK, parts[number - 2])
+            for stage in ("ret",) if number == 1 else ("tp", "ret"):
+                start = checkpoint.path_of(str(folder), *checkpoint.stage_before(number, stage))
+                hp = self.settings(task, stage, prune_ratio=ratio)
+                loss = self.loss(1, hp) if task == 1 else losses.target(hp, data)
+                self.learn(folder, hp, Reading(number, stage), data, loss, start)
+            if number == 1:
+                yield self.row(percent, 1, 0, folder)
+            if number in self.hp.depths:
+                self.next_task(folder / f"after_{number}", number, ratio)
+                yield self.row(percent, NEXT_TASK, number, folder / f"after_{number}")
+
+    def next_task(self, folder: Path, learned: int, ratio: float) -> None:
+        """Task 3 as the next one of a model that has learned so many."""
+        for stage in ("tp", "ret"):
+            home = folder.parent if stage == "tp" else folder
+            start = checkpoint.path_of(str(home), *checkpoint.stage_before(learned + 1, stage))
+            hp = self.settings(NEXT_TASK, stage, prune_ratio=ratio)
+            data = self.data(NEXT_TASK)
+            self.learn(folder, hp, Reading(learned + 1, stage), data, self.loss(NEXT_TASK, hp), start)
+
+    def row(self, percent: int, task: int, learned: int, folder: Path) -> dict[str, Any]:
+        """The test score of the task that was learned after so many, and the share of weights that it found free."""
+        content, _ = checkpoint.load(checkpoint.path_of(str(folder), learned + 1, "ret"))
+        scores = content["tasks"][learned + 1]["results"]["ret"]["test"]
+        name, score = next(iter(scores.items()))
+        row = {"seed": self.seed, "prune_ratio": percent / 100, "task": task, "learned_before": learned}
+        return row | {"free": (percent / 100) ** learned, name: score, "n": scores["n"]}
+
+
+def plot(table: pd.DataFrame, path: str) -> None:
+    """Task 1 and the next task against the prune ratio; the next task against the number of tasks learned before."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print(f"{path} is left out: it takes matplotlib (.venv/bin/python -m pip install matplotlib)")
+        return
+    score = next(name for name in table if name.startswith("mrr"))
+    statistics = table.groupby(["task", "learned_before", "prune_ratio"])[score].agg(["mean", "std"]).reset_index()
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    first, later = statistics[statistics["task"] == 1], statistics[statistics["task"] != 1]
+    left.errorbar(first["prune_ratio"], first["mean"], first["std"], marker="o", capsize=3)
+    left.set(title="Task 1", xlabel="prune ratio", ylabel=f"{score}, test")
+    for learned, rows in later.groupby("learned_before"):
+        label = f"{learned} task{'s' if learned > 1 else ''} before"
+        middle.errorbar(rows["prune_ratio"], rows["mean"], rows["std"], marker="o", capsize=3, label=label)
+    middle.set(title="A later task", xlabel="prune ratio", ylim=(0, None))
+    for ratio, rows in later.groupby("prune_ratio"):
+        right.errorbar(rows["learned_before"], rows["mean"], rows["std"], marker="o", capsize=3, label=f"{ratio:g}")
+    right.set(title="The same, by prune ratio", xlabel="tasks learned before", ylim=(0, None))
+    left.set_ylim(0, None)
+    middle.legend()
+    right.legend(title="prune ratio")
+    figure.savefig(path, dpi=120)
+    print(f"wrote {path}")
+
+
+def main(hp: Hyperparameters) -> None:
+    rows = []
+    for seed in range(hp.first_seed, hp.first_seed + hp.seeds):
+        for percent in hp.percents:
+            print(f"seed {seed}: prune ratio {percent / 100:g}", flush=True)
+            rows += Capacity(hp, seed).model(percent)
+    table = pd.DataFrame(rows)
+    with whole_file(os.path.join(hp.output_dir, "capacity.csv")) as file:
+        table.to_csv(file, index=False)
+    print(table.to_string(index=False))
+    plot(table, os.path.join(hp.output_dir, "capacity.png"))
+
+
+if __name__ == "__main__":
+    settings.run(main, Hyperparameters, __doc__)

@@ -1,0 +1,107 @@
+"""Stages outside the chain of the eight scripts, with the scripts' own settings, data and losses."""
+
+import contextlib
+import importlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import settings  # isort: skip (before torch, whose threads it tells how to wait)
+
+import data_loader
+import losses
+import training
+from nextitnet import NextItNet
+from pruning import Reading
+from settings import NothingToDo
+from stage import Stage
+
+METRICS = {4: "accuracy"}  # of the tasks that are not scored by ranking
+
+
+@dataclass
+class Settings:
+    data_dir: str = "Data/Session"  # where the task files are
+    output_dir: str = "checkpoints/study"  # what is finished there is not done again, and what was begun goes on
+    seeds: int = 3  # how many runs of each kind
+    first_seed: int = 10  # of the first run; each further one counts up
+    device: str = "auto"  # auto, cpu or cuda
+    channels: int = 64  # width of the embedding and of every layer
+    dilations: tuple[int, ...] = (1, 4, 1, 4)  # one residual block each
+    first_epochs: int = 20  # of task 1, in tp and again in ret
+    epochs: int = 4  # of every other task, in tp and again in ret
+    batch_size: int = 128  # of every other task
+    learning_rate: float = 1e-3  # of every other task
+
+
+class Origin(Stage):
+    """A stage that starts from the checkpoint named, or from nothing, wherever it stands."""
+
+    def __init__(self, start: str | None, network: type[NextItNet], *arguments: Any):
+        self.start, self.network = start, network
+        super().__init__(*arguments)
+
+    def predecessor(self) -> str | None:
+        return self.start
+
+    def next_command(self) -> str:
+        return "as before, for what is left"
+
+
+class Study:
+    """What all runs with one seed share."""
+
+    def __init__(self, hp: Settings, seed: int):
+        self.hp, self.seed = hp, seed
+        self.folder = Path(hp.output_dir) / f"seed_{seed}"
+        self.loaded: dict[int, data_loader.TaskData] = {}
+
+    def settings(self, task: int, stage: str, **changes: Any) -> SimpleNamespace:
+        """The block of the task's script, with the architecture and the changes that the tool's block asks for."""
+        first, block = (importlib.import_module(f"conure_{name}").Hyperparameters() for name in ("tp_t1", f"{stage}_t{task}"))
+        values = vars(first) | vars(block) | {"seed": self.seed}
+        values["data_path"] = os.path.join(self.hp.data_dir, os.path.basename(block.data_path))
+        values |= {name: getattr(self.hp, name) for name in ("device", "channels", "dilations")}
+        if task == 1:
+            values["epochs"] = self.hp.first_epochs
+        else:
+            values |= {name: getattr(self.hp, name) for name in ("epochs", "batch_size", "learning_rate")}
+        return SimpleNamespace(**values | changes)
+
+    def data(self, task: int) -> data_loader.TaskData:
+        if task not in self.loaded:
+            hp = self.settings(task, "tp")
+            if task == 1:
+                self.loaded[task] = data_loader.load_sequences(hp.data_path, hp.test_fraction)
+            else:
+                self.loaded[task] = data_loader.load_examples(hp.data_path, hp.test_fraction, self.data(1).items)
+        return self.loaded[task]
+
+    def loss(self, task: int, hp: SimpleNamespace) -> losses.Loss:
+        return losses.next_item(hp, self.data(1)) if task == 1 else losses.target(hp, self.data(task))
+
+    def learn(
+        self,
+        folder: Path,
+        hp: SimpleNamespace,
+        reading: Reading,
+        data: data_loader.TaskData,
+        loss: losses.Loss,
+        start: str | None,
+        network: type[NextItNet] = NextItNet,
+        metric: str = "ranking",
+    ) -> None:
+        """One stage from the checkpoint `start` to one in `folder`, unless that is finished.
+
+        A NextItNet is pruned after tp, as in the scripts; another network never. What is printed goes to log.txt.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        hp.checkpoint_dir = str(folder)
+        with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.suppress(NothingToDo):
+            run = training.Run(hp, reading, data, metric, lambda *arguments: Origin(start, network, *arguments))
+            run.train(loss)
+            if network is NextItNet and reading.stage == "tp":
+                run.prune()
+            run.save()
