@@ -102,8 +102,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 def from_command_line(block: type, about: str, arguments: list[str] | None = None) -> Any:
     """The block's values with those given on the command line in their place; InputError if one makes no sense."""
+    module = sys.modules["__main__"].__spec__  # None for a script
     parser = OneLineParser(
-        usage="python %(prog)s [--name value] …",
+        usage=f"python {f'-m {module.name}' if module else '%(prog)s'} [--name value] …",
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

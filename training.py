@@ -35,12 +35,12 @@ PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16
 
 
 def adam(parameters: list, learning_rate: float, beta1: float) -> torch.optim.Adam:
-    """Fused, which makes no copies of the large tables. `parameters` may be groups with a learning rate of their own."""
+    """Fused, which makes no copies of the large tables; `parameters` may be groups with learning rates of their own."""
     return torch.optim.Adam(parameters, lr=learning_rate, betas=(beta1, BETA2), eps=ADAM_EPS, fused=True)
 
 
 def parameter_groups(model: NextItNet, task: int, table_rate: float) -> list[dict[str, Any]]:
-    """What the model lets train, in two groups for Adam: its tables, with `table_rate` as learning rate, and the rest."""
+    """What the model lets train, as two groups for Adam: its tables with learning rate `table_rate`, and the rest."""
     tables = model.tables(task)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     others = [parameter for parameter in trained if parameter not in tables]
@@ -83,7 +83,7 @@ class Run:
         self.precision = PRECISIONS[hp.precision] or (torch.bfloat16 if on_gpu else torch.float32)
         groups = parameter_groups(self.model, reading.task, hp.table_rate * hp.learning_rate)
         self.optimiser = adam(groups, hp.learning_rate, hp.beta1)
-        self.full_rates = [group["lr"] for group in self.optimiser.param_groups]  # before any decay
+        self.rates = [group["lr"] for group in self.optimiser.param_groups]  # before any decay
         self.generator = torch.Generator().manual_seed(hp.seed)
         self.step, self.epoch, self.seconds = 0, 0.0, 0.0  # trained so far; evaluation is not counted
         self.losses: list[torch.Tensor] = []  # of the steps since they were last checked
@@ -165,7 +165,7 @@ class Run:
 
     def set_rates(self, share: float) -> None:
         """Learning rates of so large a share of what they are in full."""
-        for group, rate in zip(self.optimiser.param_groups, self.full_rates):
+        for group, rate in zip(self.optimiser.param_groups, self.rates):
             group["lr"] = share * rate
 
     def take_step(self, objective: nn.Module, batch: np.ndarray) -> None:

@@ -33,7 +33,16 @@ def flags(folder: Path, task: int) -> list[str]:
 
 def run_script(name: str, *arguments: str) -> str:
     """Runs a script in a process of its own and returns what it printed; it must succeed."""
-    done = subprocess.run([sys.executable, str(ROOT / name), *arguments], capture_output=True, text=True)
+    return run_python(str(ROOT / name), *arguments)
+
+
+def run_module(name: str, *arguments: str) -> str:
+    """As run_script, for a tool."""
+    return run_python("-m", name, *arguments)
+
+
+def run_python(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

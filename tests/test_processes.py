@@ -30,8 +30,8 @@ def results(printed: str) -> list[str]:
 
 @pytest.mark.parametrize("task, stage", [(1, "tp"), (1, "ret"), (2, "tp"), (4, "ret")])
 def test_two_processes_have_the_loss_curve_of_one(chain, tmp_path, task, stage):
-    """An odd batch size, so that their shares differ; few steps, as rounding errors grow with training; no dropout, which
-    each process draws for itself."""
+    """An odd batch size, so that their shares differ; few steps, as rounding errors grow with training; no dropout, as
+    each process draws its own."""
     curves, printed = [], []
     for processes in (1, 2):
         folder = tmp_path / str(processes)

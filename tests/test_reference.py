@@ -95,9 +95,8 @@ class Recording:
         """The recorded batch as a task's data."""
         inputs, targets = (tensor.int().numpy() for tensor in self.batch(task))
         sizes = [self.config["num_items"], *self.config["target_sizes"]]
-        items, target_vocabulary = (
-            data_loader.Vocabulary([data_loader.UNKNOWN, *map(str, range(1, size))]) for size in (sizes[0], sizes[task - 1])
-        )
+        tokens = ([data_loader.UNKNOWN, *map(str, range(1, size))] for size in (sizes[0], sizes[task - 1]))
+        items, target_vocabulary = map(data_loader.Vocabulary, tokens)
         everything = np.arange(len(targets))
         return data_loader.TaskData(
             "", "", inputs, everything, targets, items, target_vocabulary, 0, 0, 0, {"train": everything}

@@ -258,8 +258,9 @@ class Comparison(study.Study):
             model = checkpoint.build_model(content).to(device)
             for task, record in content["tasks"].items():
                 reading = Reading(task, "tp" if record["state"] == "tp" else "inference")
-                test = metrics.evaluate(model, self.data(task), reading, record["metric"], record["top_k"], device)["test"]
-                yield {"method": method, "task": task, "after": after, "score": next(iter(test.values()))}
+                data, metric, k = self.data(task), record["metric"], record["top_k"]
+                scores = metrics.evaluate(model, data, reading, metric, k, device)["test"]
+                yield {"method": method, "task": task, "after": after, "score": next(iter(scores.values()))}
 
     def popular(self) -> Iterator[dict[str, Any]]:
         """Scores of the targets' frequencies in the training part."""

@@ -60,7 +60,8 @@ class Study:
 
     def settings(self, task: int, stage: str, **changes: Any) -> SimpleNamespace:
         """The block of the task's script, with the architecture and the changes that the tool's block asks for."""
-        first, block = (importlib.import_module(f"conure_{name}").Hyperparameters() for name in ("tp_t1", f"{stage}_t{task}"))
+        scripts = ("conure_tp_t1", f"conure_{stage}_t{task}")  # the first for what it alone has: the architecture
+        first, block = (importlib.import_module(name).Hyperparameters() for name in scripts)
         values = vars(first) | vars(block) | {"seed": self.seed}
         values["data_path"] = os.path.join(self.hp.data_dir, os.path.basename(block.data_path))
         values |= {name: getattr(self.hp, name) for name in ("device", "channels", "dilations")}

@@ -1,0 +1,87 @@
+"""The tools: the comparisons and the capacity of a model, on the demo data with tiny models."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import run_module
+
+import checkpoint
+import pruning
+from tools import baselines
+
+SMALL = ["--first_epochs", "3", "--epochs", "2", "--channels", "8", "--dilations", "1", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def compared(demo, tmp_path_factory) -> tuple[list[str], pd.DataFrame, str]:
+    """The flags of a finished comparison, its rows, and what it printed."""
+    folder = tmp_path_factory.mktemp("baselines")
+    flags = ["--data_dir", str(demo / "Data"), "--output_dir", str(folder), "--seeds", "2", *SMALL]
+    printed = run_module("tools.baselines", *flags)
+    return flags, pd.read_csv(folder / "baselines.csv"), printed
+
+
+def test_every_method_is_compared_on_every_task(compared):
+    _, table, printed = compared
+    counts = table.groupby("method")["task"].agg(["count", "nunique"])
+    assert set(counts.index) == {*baselines.METHODS, "popular"}
+    assert (counts["count"] == 2 * counts["nunique"]).all(), "two seeds"
+    assert counts["nunique"].to_dict() == {method: 4 for method in counts.index} | {"no_task_2": 2}
+    for method in counts.index:
+        assert f"| {method} | " in printed
+
+
+def test_only_what_protects_its_weights_remembers(compared):
+    _, _, printed = compared
+    rows = [line.strip("| ").split(" | ") for line in printed.split("After learning further tasks:")[1].splitlines()]
+    kept = {(row[0], row[1]): len(set(filter(None, map(str.strip, row[2:])))) == 1 for row in rows if len(row) > 2}
+    assert all(kept["Conure", task] for task in "1234")
+    assert not all(kept["SinMoAll", task] for task in "123")
+
+
+def test_what_it_takes_to_serve_all_tasks(compared):
+    _, table, _ = compared
+    taken = table[table["seed"] == 10].groupby("method")["bytes_all_tasks"].max()
+    trained = table[(table["seed"] == 10) & (table["task"] == 4)].set_index("method")["trained"]
+    weights = 2 * 3 * 8 * 8  # of the only block
+    assert taken["FineHead"] < taken["PeterRec"] < taken["FineAll"] < taken["SinMo"] + 1
+    assert taken["Conure"] == taken["FineHead"] + weights  # a byte each for the owner map
+    head = trained["FineHead"]
+    assert head == 3 * 8 and trained["PeterRec"] == head + 2 * (2 * 8 * 2 + 2 + 8)
+    assert head < trained["Conure"] < head + 0.35 * weights < trained["FineAll"], "0.7 ** 3 of the weights are free"
+
+
+def test_a_second_run_trains_nothing_and_finds_the_same(compared):
+    flags, _, printed = compared
+    folder = Path(flags[3])
+    (folder / "baselines.csv").unlink()
+    trained = {path: path.read_bytes() for path in folder.rglob("*.pt")}
+    assert run_module("tools.baselines", *flags) == printed
+    assert trained == {path: path.read_bytes() for path in folder.rglob("*.pt")}
+    assert (folder / "baselines.csv").exists()
+
+
+def test_one_method_alone(demo, tmp_path):
+    flags = ["--data_dir", str(demo / "Data"), "--output_dir", str(tmp_path), "--seeds", "1", *SMALL]
+    run_module("tools.baselines", *flags, "--only", "FineHead")
+    assert {path.parent.name for path in tmp_path.rglob("*.pt")} == {"SinMo", "FineHead"}
+    assert set(pd.read_csv(tmp_path / "baselines_FineHead.csv")["method"]) == {"FineHead"}
+
+
+def test_an_unknown_method_is_refused(run_here):
+    code, _, error = run_here("tools/baselines.py", "--only", "SASRec")
+    assert code == 2 and error.startswith("error: --only SASRec is none of Conure, no_retraining, ")
+
+
+def test_capacity_learns_a_task_at_every_depth(demo, tmp_path):
+    flags = ["--data_dir", str(demo / "Data"), "--output_dir", str(tmp_path), "--seeds", "1", *SMALL]
+    run_module("tools.capacity", *flags, "--percents", "50,90", "--depths", "1,3")
+    table = pd.read_csv(tmp_path / "capacity.csv")
+    assert table[["prune_ratio", "task", "learned_before"]].values.tolist() == [
+        [ratio, *place] for ratio in (0.5, 0.9) for place in ((1, 0), (3, 1), (3, 3))
+    ]
+    for percent, share in ((50, 0.5), (90, 0.9)):
+        content, _ = checkpoint.load(str(tmp_path / "seed_10" / f"ratio_{percent}" / "ret_t3.pt"))
+        free = pruning.shares(checkpoint.build_model(content))[pruning.FREE]
+        assert free == pytest.approx(share**3, abs=0.02)
