@@ -131,6 +131,6 @@ def build_model(content: dict[str, Any], network: type[NextItNet] = NextItNet) -
     model = network(**content["architecture"])
     for task, record in content["tasks"].items():
         if task > 1:
-            model.add_head(task, record["target_count"])
+            model.add_head(task, record["target_count"], bias=f"heads.{task}.bias" in content["model"])
     model.load_state_dict(content["model"])
     return model

@@ -31,7 +31,7 @@ class Hyperparameters:
     table_rate: float = ours(10.0, original=1.0)  # how many times as fast the head learns
     decay: bool = ours(True, original=False)  # let the learning rates fall in a line to 0 at the last step
     beta1: float = 0.9  # of Adam
-    negative_fraction: float = ours(1.0, original=0.2)  # share of the items sampled as negatives; 1: full softmax
+    negative_fraction: float = 0.2  # share of the items sampled as negatives each step; 1: full softmax
     padding_in_loss: bool = ours(False, original=True)  # also learn to predict padding
     dropout: float = ours(0.3, original=0.0)  # share of the activations that a step leaves out: items, blocks, states
     test_fraction: float = 0.2  # share of the examples held out: half validation, half test; as in tp

@@ -28,12 +28,12 @@ class Hyperparameters:
     batch_size: int = 512  # examples a step
     epochs: int = 100  # passes over the training part
     learning_rate: float = 1e-4  # of Adam
-    table_rate: float = ours(10.0, original=1.0)  # how many times as fast the head learns
-    decay: bool = ours(True, original=False)  # let the learning rates fall in a line to 0 at the last step
+    table_rate: float = 1.0  # how many times as fast the head learns
+    decay: bool = False  # let the learning rates fall in a line to 0 at the last step
     beta1: float = 0.9  # of Adam
     loss: str = ours("softmax", original="bpr")  # cross entropy among all targets; bpr: against one negative
     rho: float = 0.3  # of the negatives of bpr: smaller draws popular targets more often
-    dropout: float = ours(0.3, original=0.0)  # share of the activations that a step leaves out: items, blocks, states
+    dropout: float = 0.0  # share of the activations that a step leaves out: items, blocks, states
     l2: float = 0.05  # weight decay of the task's head, as a loss term: l2 * sum(w^2) / 2
     test_fraction: float = 0.2  # share of the examples held out: half validation, half test; as in tp
     eval_every: int = 0  # steps between evaluations on validation; 0: once an epoch

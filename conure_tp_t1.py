@@ -34,7 +34,7 @@ class Hyperparameters:
     dilations: tuple[int, ...] = (1, 4, 1, 4, 1, 4, 1, 4)  # one residual block each
     kernel_size: int = 3  # taps of every convolution
     positional_embedding: bool = False  # add a learned vector for each position to the items
-    negative_fraction: float = ours(1.0, original=0.2)  # share of the items sampled as negatives; 1: full softmax
+    negative_fraction: float = 0.2  # share of the items sampled as negatives each step; 1: full softmax
     padding_in_loss: bool = ours(False, original=True)  # also learn to predict padding
     dropout: float = ours(0.3, original=0.0)  # share of the activations that a step leaves out: items, blocks, states
     prune_ratio: float = 0.7  # share of the free weights that stays free for later tasks

@@ -28,11 +28,12 @@ class Hyperparameters:
     batch_size: int = 512  # examples a step
     epochs: int = 30  # passes over the training part
     learning_rate: float = 1e-4  # of Adam
-    table_rate: float = ours(10.0, original=1.0)  # how many times as fast the head learns
-    decay: bool = ours(True, original=False)  # let the learning rates fall in a line to 0 at the last step
+    table_rate: float = 1.0  # how many times as fast the head learns
+    decay: bool = False  # let the learning rates fall in a line to 0 at the last step
     beta1: float = 0.9  # of Adam
     loss: str = ours("softmax", original="bce")  # cross entropy among all targets; bce: against one uniform negative
-    dropout: float = ours(0.3, original=0.0)  # share of the activations that a step leaves out: items, blocks, states
+    informed_head: bool = ours(True, original=False)  # start the head as task 1's, or with the targets' frequencies
+    dropout: float = 0.0  # share of the activations that a step leaves out: items, blocks, states
     l2: float = 0.02  # weight decay of the task's head, as a loss term: l2 * sum(w^2) / 2
     prune_ratio: float = 0.7  # share of the free weights that stays free for later tasks
     test_fraction: float = 0.2  # share of the examples held out: half validation, half test

@@ -27,7 +27,7 @@ def rows(weight: Tensor, ids: Tensor) -> Tensor:
 
 def entries(bias: Tensor, ids: Tensor) -> Tensor:
     """bias[ids], in the same way."""
-    return rows(bias[:, None], ids).squeeze(1)
+    return rows(bias[:, None], ids).squeeze(-1)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -184,7 +184,10 @@ class PairLoss:
         pairs = torch.stack([targets, self.sampler.draw(targets, generator)], dim=1)  # (B, 2)
         inputs, pairs = (to_device(share.of(tensor), head.weight.device) for tensor in (inputs, pairs))
         user = model.user_representation(inputs, reading)  # (B, C)
-        positive, negative = (rows(head.weight, pairs) * user[:, None]).sum(dim=2).unbind(1)  # (B,)
+        scores = (rows(head.weight, pairs) * user[:, None]).sum(dim=2)  # (B, 2)
+        if head.bias is not None:
+            scores = scores + entries(head.bias, pairs)
+        positive, negative = scores.unbind(1)
         return self.compare(positive, negative).sum() / total + penalty(head, self.l2, share)
 
 
@@ -207,7 +210,9 @@ class TargetLoss:
         head = model.head(reading.task)
         own_inputs, own_targets = (to_device(share.of(tensor), head.weight.device) for tensor in (inputs, targets))
         user = model.user_representation(own_inputs, reading)  # (B, C)
-        return full_softmax(user, own_targets - 1, head.weight[1:]) / len(targets) + penalty(head, self.l2, share)
+        bias = None if head.bias is None else head.bias[1:]
+        loss = full_softmax(user, own_targets - 1, head.weight[1:], bias)
+        return loss / len(targets) + penalty(head, self.l2, share)
 
 
 Loss = NextItemLoss | PairLoss | TargetLoss

@@ -72,14 +72,16 @@ class NextItNet(nn.Module):
         self.heads = nn.ModuleDict()  # by task number, as a string
         self.add_head(1, items)
 
-    def add_head(self, task: int, size: int) -> None:
-        """Softmax weights and bias for task 1; an item or class matrix (size, C) without bias for every later task."""
-        head = nn.Linear(self.architecture["channels"], size, bias=task == 1)
+    def add_head(self, task: int, size: int, bias: bool = False) -> None:
+        """Softmax weights and bias for task 1; an item or class matrix (size, C) for every later task."""
+        head = nn.Linear(self.architecture["channels"], size, bias=bias or task == 1)
         if task == 1:
             nn.init.normal_(head.weight, std=0.01)
             nn.init.constant_(head.bias, 0.1)
         else:
             truncated_normal_(head.weight)
+            if bias:
+                nn.init.zeros_(head.bias)
         self.heads[str(task)] = head
 
     def head(self, task: int) -> nn.Linear:

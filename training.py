@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
+import heads
 import metrics
 import processes
 import pruning
@@ -77,6 +78,8 @@ class Run:
         make_deterministic(self.device)
         torch.manual_seed(hp.seed)
         self.model = self.stage.start_model().to(self.device)
+        if reading.stage == "tp" and reading.task > 1 and hp.informed_head:
+            print("head:", heads.inform(self.model, data, reading, self.device))
         self.model.dropout.p = hp.dropout
         self.trained = self.model.train_only(reading)
         on_gpu = self.device.type == "cuda"

@@ -217,3 +217,27 @@ def test_gender_beats_the_majority_class(chain):
     train, test = (data.targets[data.splits[split]] for split in ("train", "test"))
     majority = (test == np.bincount(train).argmax()).mean()
     assert float(results_of(printed[4, "ret"])[-1]["accuracy"]) > majority + 0.15
+
+
+@pytest.mark.parametrize("same_things", [True, False])
+def test_a_head_starts_as_task_1s_only_if_its_targets_are_the_same_things(chain, tmp_path, same_things):
+    """Targets under tokens of items: the item that comes next, or others under the same tokens."""
+    folder = tmp_path / "copy"
+    shutil.copytree(chain[0], folder)
+    lines = [line.rsplit(",", 1) for line in (folder / "Data" / FILES[1]).read_text().splitlines()]
+    tokens = sorted({target for _, target in lines})
+    meant = dict(zip(tokens, tokens if same_things else np.random.default_rng(1).permutation(tokens)))
+    (folder / "Data" / FILES[2]).write_text("".join(f"{row},,{meant[target]}\n" for row, target in lines))
+    untrained = ["--epochs", "1", "--learning_rate", "1e-30", "--overwrite"]
+    output = run_script("conure_tp_t2.py", *flags(folder, 2), *untrained)
+    assert f"head: {len(tokens)} of {len(tokens) + 1} targets have the token of an item" in output
+    model = load(folder, 2, "tp")["model"]
+    items = data_loader.read_index(str(folder / "Data" / "index.csv"))
+    data = data_loader.load_examples(str(folder / "Data" / FILES[2]), 0.2, items)
+    ids = torch.from_numpy(items.look_up(data.target_vocabulary.tokens)).long()
+    assert torch.equal(model["heads.2.weight"][1:], model["heads.1.weight"][ids][1:]) == same_things
+    assert ("heads.2.bias" in model) != same_things
+    if not same_things:
+        frequency = np.bincount(data.targets[data.splits["train"]], minlength=len(ids)) + 1
+        expected = torch.from_numpy(np.log(frequency) - np.log(frequency.mean())).float()
+        torch.testing.assert_close(model["heads.2.bias"], expected)

@@ -99,9 +99,10 @@ class Adapted(NextItNet):
     """An adapter behind every convolution: "Parameter-Efficient Transfer from Sequential Behaviors for User Modeling
     and Recommendation" (Yuan et al., SIGIR 2020), serial insertion."""
 
-    def add_head(self, task: int, size: int) -> None:
-        super().add_head(task, size)
-        if task > 1:
+    def add_head(self, task: int, size: int, bias: bool = False) -> None:
+        new = str(task) not in self.heads
+        super().add_head(task, size, bias)
+        if task > 1 and new:
             for conv in (module for module in self.modules() if isinstance(module, CausalConv)):
                 conv.adapter = Adapter(self.architecture["channels"])
                 conv.register_forward_hook(lambda conv, _, output: conv.adapter(output))
@@ -211,10 +212,9 @@ class Comparison(study.Study):
         loss = self.loss(step.task, hp)
         if step.network is not NextItNet:  # trained in one go, as long as Conure trains and retrains
             hp.epochs += self.settings(step.task, "ret").epochs
-        if step.network is Joint:  # with as many batches of task 1 as task 1 has on its own
+        if step.network is Joint:  # with at least as many batches of task 1 as its tp has
             first = self.settings(1, "tp")
-            epochs = first.epochs + self.settings(1, "ret").epochs
-            wanted = epochs * self.steps_per_epoch(1, first.batch_size)
+            wanted = first.epochs * self.steps_per_epoch(1, first.batch_size)
             hp.epochs = max(hp.epochs, math.ceil(wanted / self.steps_per_epoch(step.task, hp.batch_size)))
             loss = JointLoss(loss, self.loss(1, first), self.data(1), first.batch_size)
         start, metric = self.path(step.start) if step.start else None, study.METRICS.get(step.task, "ranking")
