@@ -23,7 +23,7 @@ for task in 1 2 3 4; do
                 tp1) flags=(--epochs 12 --channels 64 --dilations 1,4,1,4) ;;
                 ret1) flags=(--epochs 6) ;;
                 tp4 | ret4) flags=(--epochs 8 --batch_size 128 --learning_rate 3e-4) ;;
-                *) flags=(--epochs 5 --batch_size 128 --learning_rate 3e-4 --rho 1) ;;
+                *) flags=(--epochs 5 --batch_size 128 --learning_rate 3e-4) ;;
             esac
         fi
         echo

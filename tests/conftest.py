@@ -76,8 +76,7 @@ def chain_settings(task: int, stage: str) -> list[str]:
         shape = ["--channels", "32", "--dilations", "1,4"] if stage == "tp" else []
         return [*shape, "--epochs", "10" if stage == "tp" else "5", "--learning_rate", "3e-3"]
     odd = {(2, "tp"): ["--prune_ratio", "0.6"], (4, "tp"): ["--eval_every", "5"]}.get((task, stage), [])
-    rho = ["--rho", "1"] if task < 4 else []
-    return ["--epochs", "6", "--batch_size", "128", "--learning_rate", "1e-3", *rho, *odd]
+    return ["--epochs", "6", "--batch_size", "128", "--learning_rate", "1e-3", *odd]
 
 
 @pytest.fixture(scope="session")

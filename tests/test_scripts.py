@@ -31,6 +31,8 @@ def test_help_lists_every_hyperparameter_with_its_comment(run_here, task, stage)
     code, output, _ = run_here(script, "--help")
     unwrapped = " ".join(output.split())
     assert code == 0 and all(f"--{name}" in output and comment in unwrapped for name, _, comment in fields)
+    assert ("[10.0; the original: 1.0]" in unwrapped) == (task == 1)
+    assert ("[softmax; the original: bce]" in unwrapped) == (task == 4)
     for part in ("READS", "WRITES", "NEXT"):
         assert part in output
 
@@ -212,13 +214,13 @@ def test_each_script_trains_its_own_loss(run_here, monkeypatch, chain, tmp_path,
     for arguments in (given, ["--as_original"], ["--as_original", *given]):
         assert run_here(f"conure_{stage}_t{task}.py", *flags(folder, task), *arguments, "--overwrite")[0] == 130
     improved, original, both = (loss for loss, _ in seen)
-    assert [dropout for _, dropout in seen] == [0.2, 0, 0]
+    assert [dropout for _, dropout in seen] == [0.3 if task == 1 else 0, 0, 0]
     if task == 1:
         items = original.sampler.items
         assert [loss.sampler.count for loss in (improved, original, both)] == [items // 2, items // 5, items // 2]
         assert improved.ignored_label is None and original.ignored_label is None
         run_here(f"conure_{stage}_t{task}.py", *flags(folder, task), "--overwrite")
-        assert seen[3][0].sampler.count == items and seen[3][0].ignored_label > 0
+        assert seen[3][0].sampler.count == items // 5 and seen[3][0].ignored_label > 0
     else:
         assert isinstance(improved, losses.TargetLoss) and improved.l2 == both.l2 == 0.125
         assert original.l2 == (0.05 if task == 3 else 0.02)
