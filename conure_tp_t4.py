@@ -21,7 +21,7 @@ class Hyperparameters:
     data_path: str = "Data/Session/original_desen_gender.csv"  # a user a line: item,…,,class
     index_path: str = "Data/Session/index.csv"  # ids of the items; conure_tp_t1.py writes it
     checkpoint_dir: str = "checkpoints"  # checkpoints and results.csv, read and written
-    seed: int = 10  # of initial values, shuffling and negatives
+    seed: int = 10  # of initial values, shuffling, negatives and dropout
     device: str = "auto"  # auto, cpu or cuda
     precision: str = "auto"  # of matrix products in training: float32, bfloat16, or auto: bfloat16 on a GPU alone
     compile: bool = False  # let torch.compile fuse what it can; the first steps take minutes

@@ -158,41 +158,8 @@ class NextItemLoss:
         return full_softmax(hidden, to_device(labels, device), model.head(1).weight, model.head(1).bias) / total
 
 
-def penalty(head: nn.Linear, l2: float, share: Share) -> Tensor:
-    """l2 * |head's weights|^2 / 2, or this process's share of it."""
-    return l2 / share.count * head.weight.square().sum() / 2
-
-
-class PairLoss:
-    """Tasks 2+: the target against one sampled negative, by `bpr` or `bce`, plus the penalty."""
-
-    def __init__(self, compare: Callable[[Tensor, Tensor], Tensor], sampler: samplers.TargetSampler, l2: float):
-        self.compare, self.sampler, self.l2 = compare, sampler, l2
-
-    def __call__(
-        self,
-        model: NextItNet,
-        reading: Reading,
-        inputs: Tensor,
-        targets: Tensor,
-        generator: torch.Generator,
-        share: Share = Share(),
-    ) -> Tensor:
-        """The mean over the batch (`inputs` (B, T), `targets` (B,)) plus the penalty, or this process's share of it."""
-        head = model.head(reading.task)
-        total = len(targets)
-        pairs = torch.stack([targets, self.sampler.draw(targets, generator)], dim=1)  # (B, 2)
-        inputs, pairs = (to_device(share.of(tensor), head.weight.device) for tensor in (inputs, pairs))
-        user = model.user_representation(inputs, reading)  # (B, C)
-        scores = (rows(head.weight, pairs) * user[:, None]).sum(dim=2)  # (B, 2)
-        if head.bias is not None:
-            scores = scores + entries(head.bias, pairs)
-        positive, negative = scores.unbind(1)
-        return self.compare(positive, negative).sum() / total + penalty(head, self.l2, share)
-
-
 class TargetLoss:
-    """Tasks 2+: cross entropy of the target among all, `<UNK>` left out as it is in scores, plus the penalty."""
+    """Tasks 2+: cross entropy of the target among all, `<UNK>` left out as it is in scores, plus l2 * |head|^2 / 2."""
 
     def __init__(self, l2: float):
         self.l2 = l2
@@ -206,16 +173,40 @@ class TargetLoss:
         generator: torch.Generator,
         share: Share = Share(),
     ) -> Tensor:
-        """As PairLoss; draws nothing."""
-        head = model.head(reading.task)
-        own_inputs, own_targets = (to_device(share.of(tensor), head.weight.device) for tensor in (inputs, targets))
-        user = model.user_representation(own_inputs, reading)  # (B, C)
-        bias = None if head.bias is None else head.bias[1:]
-        loss = full_softmax(user, own_targets - 1, head.weight[1:], bias)
-        return loss / len(targets) + penalty(head, self.l2, share)
+        """The mean over the batch (`inputs` (B, T), `targets` (B,)) plus the penalty, or this process's share of it."""
+        head, ids = model.head(reading.task), self.ids(targets, generator)
+        inputs, ids = (to_device(share.of(tensor), head.weight.device) for tensor in (inputs, ids))
+        user = model.user_representation(inputs, reading)  # (B, C)
+        penalty = self.l2 / share.count * head.weight.square().sum() / 2
+        return self.summed(user, ids, head) / len(targets) + penalty
+
+    def ids(self, targets: Tensor, generator: torch.Generator) -> Tensor:
+        """What each example is scored with; first dimension B."""
+        return targets
+
+    def summed(self, user: Tensor, ids: Tensor, head: nn.Linear) -> Tensor:
+        return full_softmax(user, ids - 1, head.weight[1:], None if head.bias is None else head.bias[1:])
 
 
-Loss = NextItemLoss | PairLoss | TargetLoss
+class PairLoss(TargetLoss):
+    """The target against one sampled negative, by `bpr` or `bce`, in place of the cross entropy."""
+
+    def __init__(self, compare: Callable[[Tensor, Tensor], Tensor], sampler: samplers.TargetSampler, l2: float):
+        super().__init__(l2)
+        self.compare, self.sampler = compare, sampler
+
+    def ids(self, targets: Tensor, generator: torch.Generator) -> Tensor:
+        """Target and negative, (B, 2)."""
+        return torch.stack([targets, self.sampler.draw(targets, generator)], dim=1)
+
+    def summed(self, user: Tensor, ids: Tensor, head: nn.Linear) -> Tensor:
+        scores = (rows(head.weight, ids) * user[:, None]).sum(dim=2)  # (B, 2)
+        if head.bias is not None:
+            scores = scores + entries(head.bias, ids)
+        return self.compare(*scores.unbind(1)).sum()
+
+
+Loss = NextItemLoss | TargetLoss
 
 
 def next_item(hp: Any, data: TaskData) -> NextItemLoss:
@@ -224,7 +215,7 @@ def next_item(hp: Any, data: TaskData) -> NextItemLoss:
     return NextItemLoss(negatives, None if hp.padding_in_loss else data.padding_id)
 
 
-def target(hp: Any, data: TaskData) -> PairLoss | TargetLoss:
+def target(hp: Any, data: TaskData) -> TargetLoss:
     """The loss that the hyperparameters of a later task's script ask for: negatives by `rho`, or without it uniform."""
     if hp.loss == "softmax":
         return TargetLoss(hp.l2)

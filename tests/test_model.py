@@ -219,6 +219,23 @@ def test_full_softmax_and_ignored_labels():
     assert nothing == 0
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_later_tasks_losses_are_torchs_and_leave_out_what_is_unknown(bias):
+    model, reading, user = small_model(), Reading(2, "tp"), torch.randint(50, (5, 12))
+    model.add_head(2, 7, bias)
+    if bias:
+        torch.nn.init.normal_(model.head(2).bias)
+    targets, penalty = torch.tensor([1, 6, 3, 3, 2]), 0.1 * model.head(2).weight.square().sum() / 2
+    scores = model.scores(user, reading)
+    ours = losses.TargetLoss(0.1)(model, reading, user, targets, None)
+    torch.testing.assert_close(ours, F.cross_entropy(scores[:, 1:], targets - 1) + penalty)
+    pair = losses.PairLoss(losses.bpr, TargetSampler(uniform_probabilities(7)), 0.1)
+    negatives = pair.sampler.draw(targets, torch.Generator().manual_seed(1))
+    margin = (scores.gather(1, targets[:, None]) - scores.gather(1, negatives[:, None])).squeeze(1)
+    ours = pair(model, reading, user, targets, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(ours, -F.logsigmoid(margin).mean() + penalty)
+
+
 def plain_sampled_softmax(hidden, labels, head, negatives, label_counts, negative_counts):
     """As losses.sampled_softmax, with all logits at once."""
     own = (hidden * head.weight[labels]).sum(dim=1) + head.bias[labels] - label_counts.log()

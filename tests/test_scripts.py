@@ -222,7 +222,7 @@ def test_each_script_trains_its_own_loss(run_here, monkeypatch, chain, tmp_path,
         run_here(f"conure_{stage}_t{task}.py", *flags(folder, task), "--overwrite")
         assert seen[3][0].sampler.count == items // 5 and seen[3][0].ignored_label > 0
     else:
-        assert isinstance(improved, losses.TargetLoss) and improved.l2 == both.l2 == 0.125
+        assert type(improved) is losses.TargetLoss and improved.l2 == both.l2 == 0.125
         assert original.l2 == (0.05 if task == 3 else 0.02)
         assert original.compare is (losses.bce if task == 4 else losses.bpr)
         steps = original.sampler.cumulative.diff()
