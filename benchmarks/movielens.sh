@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The eight scripts on MovieLens task files with small settings, once per seed, then everything scored again.
 #   bash benchmarks/movielens.sh DATA_DIR OUTPUT_DIR SEED…      (then benchmarks/movielens_table.py OUTPUT_DIR)
+# FLAGS=--as_original before it gives every script that flag too.
 # Prints all RESULT lines of the test part, and those of the whole held-out part, which the original scores.
 set -euo pipefail
 data=$(realpath "$1") output=$(realpath -m "$2")
@@ -20,7 +21,7 @@ for seed in "$@"; do
                 *) flags=(--epochs 4 --batch_size 128 --learning_rate 0.001) ;;
             esac
             "$python" "conure_${stage}_t$task.py" --data_path "$data/original_desen_${files[task - 1]}.csv" \
-                --index_path "$folder/index.csv" --checkpoint_dir "$folder" --seed "$seed" "${flags[@]}" |
+                --index_path "$folder/index.csv" --checkpoint_dir "$folder" --seed "$seed" "${flags[@]}" ${FLAGS:-} |
                 grep -E "^RESULT .*split=test|^versions|^device"
         done
     done
