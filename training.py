@@ -118,16 +118,18 @@ class Run:
         print(f"device: {self.device.type}{threads}; {str(self.precision).removeprefix('torch.')}{several}")
         print("versions:", ", ".join(" ".join(version) for version in checkpoint.versions().items()))
 
-    def train(self, loss: Loss) -> None:
+    def train(self, loss: Loss, to_the_end: bool = False) -> None:
         """Adam over `epochs`, evaluating every `eval_every` steps; keeps the state that is best on validation.
 
-        Ctrl-C ends training as if it had converged. InputError if the loss is not finite.
+        Ctrl-C ends training as if it had converged, or with `to_the_end` leaves it unfinished. InputError if the loss is
+        not finite.
         """
         steps_per_epoch = -(-len(self.data.splits["train"]) // self.hp.batch_size)
         steps = self.hp.epochs * steps_per_epoch
         eval_every = self.hp.eval_every or steps_per_epoch
         objective = self.objective(loss)
-        if processes.own_share().count == 1:  # several could not agree on the step at which to stop
+        # Several processes could not agree on the step at which to stop.
+        if processes.own_share().count == 1 and not to_the_end:
             self.stop.listen()
         if self.step == 0:
             self.consider()

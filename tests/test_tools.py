@@ -1,10 +1,14 @@
 """The tools: the comparisons and the capacity of a model, on the demo data with tiny models."""
 
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import run_module
+from conftest import ROOT, run_module
 
 import checkpoint
 import pruning
@@ -67,6 +71,19 @@ def test_one_method_alone(demo, tmp_path):
     run_module("tools.baselines", *flags, "--only", "FineHead")
     assert {path.parent.name for path in tmp_path.rglob("*.pt")} == {"SinMo", "FineHead"}
     assert set(pd.read_csv(tmp_path / "baselines_FineHead.csv")["method"]) == {"FineHead"}
+
+
+def test_ctrl_c_leaves_a_run_unfinished(demo, tmp_path):
+    flags = ["--data_dir", str(demo / "Data"), "--output_dir", str(tmp_path), "--only", "SinMo", *SMALL]
+    command = [sys.executable, "-m", "tools.baselines", *flags, "--first_epochs", "100000"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.rglob("*.snapshot.pt")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode == 130 and "goes on from the last snapshot" in error
+    assert {path.name for path in tmp_path.rglob("*.pt")} == {"tp_t1.snapshot.pt"}
 
 
 def test_an_unknown_method_is_refused(run_here):

@@ -102,7 +102,7 @@ class Study:
         hp.checkpoint_dir = str(folder)
         with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.suppress(NothingToDo):
             run = training.Run(hp, reading, data, metric, lambda *arguments: Origin(start, network, *arguments))
-            run.train(loss)
+            run.train(loss, to_the_end=True)  # as one that is cut short would be compared with others that are not
             if network is NextItNet and reading.stage == "tp":
                 run.prune()
             run.save()
