@@ -27,6 +27,7 @@ import torch
 
 from files import load_sealed, save_sealed, seal_of
 from nextitnet import NextItNet
+from pruning import Reading
 
 FORMAT = 1
 NAME = r"(tp|ret)_t([1-9]\d*)\.(snapshot\.)?pt"  # of a checkpoint or a snapshot; copies may be called anything else
@@ -124,6 +125,11 @@ def load(path: str) -> tuple[dict[str, Any], str]:
                         "scripts after it again with --overwrite"
                     )
     return content, digest
+
+
+def reading_of(task: int, record: dict[str, Any]) -> Reading:
+    """How a task's weights are read for the scores of its record; in a model that was never pruned all are free."""
+    return Reading(task, "tp" if record["state"] == "tp" else "inference")
 
 
 def build_model(content: dict[str, Any], network: type[NextItNet] = NextItNet) -> NextItNet:

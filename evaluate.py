@@ -13,7 +13,6 @@ import checkpoint
 import data_loader
 import metrics
 import settings
-from pruning import Reading
 from reporting import result_line
 from training import pick_device
 
@@ -52,7 +51,7 @@ def main(hp: Hyperparameters) -> int:
     changed = 0
     for task, record in sorted(content["tasks"].items()):
         data = load_data(task, record, items, hp.data_dir)
-        reading = Reading(task, "inference")
+        reading = checkpoint.reading_of(task, record)
         scores = metrics.evaluate(model, data, reading, record["metric"], record["top_k"], device)[hp.split]
         recorded = record["results"][record["state"]][hp.split]
         same = scores == recorded

@@ -28,7 +28,7 @@ def inform(model: NextItNet, data: TaskData, reading: Reading, device: torch.dev
     for order in (torch.randperm(len(known), device=device), slice(None)):
         weight[known] = rows[order]
         log_ranks.append(np.log(metrics.rank_examples(model, data, examples[:EXAMPLES_TO_COMPARE], reading, device)))
-    found = f"{len(known):,} of {size:,} targets have the token of an item"
+    found = f"{len(known):,} of {size - 1:,} targets have the token of an item"
     if log_ranks[1].mean() <= log_ranks[0].mean() - HALVED:
         return f"{found}, and start as in task 1"
     model.add_head(reading.task, size, bias=True)

@@ -1,4 +1,4 @@
-"""The losses of task 1 and of the tasks after it, each a callable that draws its own negatives.
+"""The losses of task 1 and of the tasks after it, each a callable that draws its own negatives, if it takes any.
 
 Batches come on the CPU, where negatives and labels are made ready without waiting for the device.
 """

@@ -73,7 +73,8 @@ class NextItNet(nn.Module):
         self.add_head(1, items)
 
     def add_head(self, task: int, size: int, bias: bool = False) -> None:
-        """Softmax weights and bias for task 1; an item or class matrix (size, C) for every later task."""
+        """Softmax weights and bias for task 1; an item or class matrix (size, C) for every later task, or that and a
+        bias (size,)."""
         head = nn.Linear(self.architecture["channels"], size, bias=bias or task == 1)
         if task == 1:
             nn.init.normal_(head.weight, std=0.01)

@@ -40,12 +40,12 @@ def adam(parameters: list, learning_rate: float, beta1: float) -> torch.optim.Ad
     return torch.optim.Adam(parameters, lr=learning_rate, betas=(beta1, BETA2), eps=ADAM_EPS, fused=True)
 
 
-def parameter_groups(model: NextItNet, task: int, table_rate: float) -> list[dict[str, Any]]:
-    """What the model lets train, as two groups for Adam: its tables with learning rate `table_rate`, and the rest."""
+def parameter_groups(model: NextItNet, task: int, table_learning_rate: float) -> list[dict[str, Any]]:
+    """What the model lets train, as two groups for Adam: the rest, and its tables with a learning rate of their own."""
     tables = model.tables(task)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     others = [parameter for parameter in trained if parameter not in tables]
-    return [{"params": others}, {"params": [each for each in trained if each in tables], "lr": table_rate}]
+    return [{"params": others}, {"params": [each for each in trained if each in tables], "lr": table_learning_rate}]
 
 
 def make_deterministic(device: torch.device) -> None:
@@ -81,6 +81,7 @@ class Run:
         if reading.stage == "tp" and reading.task > 1 and hp.informed_head:
             print("head:", heads.inform(self.model, data, reading, self.device))
         self.model.dropout.p = hp.dropout
+        self.seed_dropout()
         self.trained = self.model.train_only(reading)
         on_gpu = self.device.type == "cuda"
         self.precision = PRECISIONS[hp.precision] or (torch.bfloat16 if on_gpu else torch.float32)
@@ -100,6 +101,11 @@ class Run:
         processes.wait()  # until all have read what the first one is about to remove or to write over
         if not state:
             self.stage.remove_snapshot()
+
+    def seed_dropout(self) -> None:
+        """Lets every process but the first, which goes on with the seed's numbers, draw other ones."""
+        if not processes.is_main():
+            torch.manual_seed(self.hp.seed + processes.own_share().number + self.step)
 
     def announce(self) -> None:
         """Prints settings, data, parameter counts, device and versions."""
@@ -214,7 +220,7 @@ class Run:
         scores = metrics.score(ranks, self.metric, self.hp.top_k)
         self.results.add(stage, "validation", self.epoch, scores, self.seconds)
         score = next(iter(scores.values()))
-        untrained = stage == "tp" and self.step == 0  # its new head, or all of it, is random
+        untrained = stage == "tp" and self.step == 0  # which is no result of tp, even where its head is informed
         if score > self.best.score and not untrained:
             self.best = Best(score, self.epoch, [parameter.clone() for parameter in self.trained])
 
@@ -252,6 +258,7 @@ class Run:
         self.step, self.epoch, self.seconds = state["step"], state["epoch"], state["seconds"]
         self.generator.set_state(state["generator"])
         (torch.cuda if self.device.type == "cuda" else torch).set_rng_state(state["dropout"])
+        self.seed_dropout()
         self.epoch_start = state["epoch_start"]
         self.results.own = state["results"]
         print(f"going on from {self.stage.snapshot_path}: step {self.step}, epoch {self.epoch:g}")

@@ -154,7 +154,7 @@ def test_training_moves_only_what_the_stage_trains(reading, precision):
         pruning.prune(model, 2, [0.7, 0.7])
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.train_only(reading)
-    adam = training.adam(training.parameter_groups(model, 2, table_rate=0.2), learning_rate=0.1, beta1=0.9)
+    adam = training.adam(training.parameter_groups(model, 2, table_learning_rate=0.2), learning_rate=0.1, beta1=0.9)
     loss = losses.PairLoss(losses.bpr, TargetSampler(uniform_probabilities(7)), l2=0.1)
     objective = training.Objective(loss, model, reading, torch.Generator().manual_seed(1), precision)
     for _ in range(3):
@@ -175,7 +175,7 @@ def test_tables_have_a_learning_rate_of_their_own():
     model, reading = small_model(), Reading(1, "tp")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.train_only(reading)
-    adam = training.adam(training.parameter_groups(model, 1, table_rate=0.05), learning_rate=0.01, beta1=0.9)
+    adam = training.adam(training.parameter_groups(model, 1, table_learning_rate=0.05), learning_rate=0.01, beta1=0.9)
     loss = losses.NextItemLoss(LogUniformSampler(50, 1.0), None)
     loss(model, reading, torch.randint(50, (16, 12)), torch.randint(1, 50, (16,)), None).backward()
     adam.step()  # whose first step moves a weight by the learning rate, whatever the gradient's size

@@ -1,17 +1,21 @@
-"""Does one model for all tasks pay? The paper's comparisons (section 4), every method with the scripts' own settings.
+"""Does one model for all tasks pay? The paper's comparisons (section 4): python -m tools.baselines
 
   Conure           the eight scripts
-  no_retraining    Conure, each task pruned and left as it then is
+  no_retraining    Conure, each task pruned and left as it then is, after half the epochs
   no_task_2        Conure, task 3 learned right after task 1
   SinMo            a model of its own for every task, from nothing
   SinMoAll         one model trained task after task, with nothing protected: it forgets
   FineAll          every task fine-tunes all of a copy of task 1's SinMo
   FineHead         every task trains a head on task 1's SinMo, and nothing else
-  MTL              a model for every task, trained on it and on task 1 at once
+  MTL              a model for every task, trained on it and on task 1 at once, and as long as either of them takes
   PeterRec         task 1's SinMo frozen, small adapters and a head trained for every task
   popular          no model: the most popular targets or the majority class of the training part
 
-A task that Conure trains and retrains is trained for as many epochs by the others. READS the task files in data_dir.
+A task that Conure trains and retrains is trained for as many epochs by the others. How a step learns is as in the
+task's script, but where a model starts from nothing as in task 1's. FineAll, FineHead, MTL and PeterRec answer for
+task 1 with SinMo's model.
+
+READS  the task files in data_dir
 WRITES to output_dir a folder per seed and method, from which a killed run goes on, then baselines.csv (a row per
 method, task and seed) and baselines.md (mean and standard deviation over the seeds).
 """
@@ -71,6 +75,9 @@ class Unprotected(NextItNet):
 
 class Joint(Unprotected):
     """Trains task 1's head too."""
+
+    def tables(self, task: int) -> set[nn.Parameter]:
+        return super().tables(task) | super().tables(1)
 
     def is_own(self, name: str, task: int) -> bool:
         return name.startswith((f"heads.{task}.", "heads.1."))
@@ -208,41 +215,56 @@ class Comparison(study.Study):
 
     def run(self, step: Step) -> None:
         """Trains the step, if that is not done yet."""
-        hp, data = self.settings(step.task, step.stage), self.data(step.task)
+        hp, data, first = self.settings(step.task, step.stage), self.data(step.task), self.settings(1, "tp")
         loss = self.loss(step.task, hp)
+        if step.start is None:  # what a new embedding needs, the task's own script need not say
+            hp.table_rate, hp.decay, hp.dropout = first.table_rate, first.decay, first.dropout
         if step.network is not NextItNet:  # trained in one go, as long as Conure trains and retrains
             hp.epochs += self.settings(step.task, "ret").epochs
         if step.network is Joint:  # with at least as many batches of task 1 as its tp has
-            first = self.settings(1, "tp")
             wanted = first.epochs * self.steps_per_epoch(1, first.batch_size)
             hp.epochs = max(hp.epochs, math.ceil(wanted / self.steps_per_epoch(step.task, hp.batch_size)))
             loss = JointLoss(loss, self.loss(1, first), self.data(1), first.batch_size)
-        start, metric = self.path(step.start) if step.start else None, study.METRICS.get(step.task, "ranking")
+        start, metric = self.path(step.start) if step.start else None, study.METRIC.get(step.task, "ranking")
         self.learn(self.folder / step.method, hp, step.reading, data, loss, start, step.network, metric)
 
     def content(self, step: Step) -> dict[str, Any]:
         return checkpoint.load(self.path(step))[0]
+
+    def evaluate(self, content: dict[str, Any]) -> dict[int, dict[str, float]]:
+        """The test scores of all tasks that a model has learned, as they are now."""
+        device = training.pick_device(self.hp.device)
+        model = checkpoint.build_model(content).to(device)
+        scores = {}
+        for number, record in content["tasks"].items():
+            reading, data = checkpoint.reading_of(number, record), self.data(self.task_of(record))
+            scores[number] = metrics.evaluate(model, data, reading, record["metric"], record["top_k"], device)["test"]
+        return scores
+
+    def task_of(self, record: dict[str, Any]) -> int:
+        """Whose data a task of a model was learned from."""
+        return next(task for task in TASKS if self.data(task).digest == record["data_digest"])
 
     def rows(self, method: str) -> Iterator[dict[str, Any]]:
         """A row for every task that the method has learned: scores on test, parameters, bytes, seconds."""
         steps = METHODS[method]()
         contents = [self.content(step) for step in steps]
         if method in CHAINS:
+            scores = self.evaluate(contents[-1])
             total = bytes_to_serve([(contents[-1], set(contents[-1]["tasks"]))])
         else:
+            scores = {step.task: as_learned(step, content) for step, content in zip(steps, contents)}
             total = bytes_to_serve([(content, {step.task}) for step, content in zip(steps, contents)])
         for task in sorted({step.task for step in steps}):
-            records = [
-                content["tasks"][step.reading.task] for step, content in zip(steps, contents) if step.task == task
-            ]
-            scores = records[-1]["results"][records[-1]["state"]]["test"]
+            number = next(step.reading.task for step in steps if step.task == task)
+            records = [content["tasks"][number] for step, content in zip(steps, contents) if step.task == task]
             yield {
                 "method": method,
                 "task": task,
                 "seed": self.seed,
-                "metric": next(iter(scores)),
-                "score": next(iter(scores.values())),
-                "n": scores["n"],
+                "metric": next(iter(scores[number])),
+                "score": next(iter(scores[number].values())),
+                "n": scores[number]["n"],
                 "trained": max(record["trained"] for record in records),
                 "bytes_all_tasks": total,
                 "seconds": sum(record["seconds"] for record in records),
@@ -250,22 +272,15 @@ class Comparison(study.Study):
 
     def forgetting(self, method: str) -> Iterator[dict[str, Any]]:
         """The test scores of tasks 1..k after task k, where one model has learned them all."""
-        steps = METHODS[method]()
-        last = {step.task: step for step in steps}  # of each task
-        device = training.pick_device(self.hp.device)
+        last = {step.task: step for step in METHODS[method]()}  # of each task
         for after, step in last.items():
-            content = self.content(step)
-            model = checkpoint.build_model(content).to(device)
-            for task, record in content["tasks"].items():
-                reading = Reading(task, "tp" if record["state"] == "tp" else "inference")
-                data, metric, k = self.data(task), record["metric"], record["top_k"]
-                scores = metrics.evaluate(model, data, reading, metric, k, device)["test"]
+            for task, scores in self.evaluate(self.content(step)).items():
                 yield {"method": method, "task": task, "after": after, "score": next(iter(scores.values()))}
 
     def popular(self) -> Iterator[dict[str, Any]]:
         """Scores of the targets' frequencies in the training part."""
         for task in TASKS:
-            data, metric = self.data(task), study.METRICS.get(task, "ranking")
+            data, metric = self.data(task), study.METRIC.get(task, "ranking")
             train, test = (torch.from_numpy(data.targets[data.splits[split]]).long() for split in ("train", "test"))
             frequency = train.bincount(minlength=len(data.target_vocabulary)).double()
             ranks = metrics.target_ranks(frequency.expand(len(test), -1), test).numpy()
@@ -273,6 +288,12 @@ class Comparison(study.Study):
             name, score = next(iter(scores.items()))
             row = {"method": "popular", "task": task, "seed": self.seed, "metric": name, "score": score}
             yield row | {"n": scores["n"], "trained": 0, "bytes_all_tasks": 0, "seconds": 0.0}
+
+
+def as_learned(step: Step, content: dict[str, Any]) -> dict[str, float]:
+    """The test scores that were recorded when the step ended."""
+    record = content["tasks"][step.reading.task]
+    return record["results"][record["state"]]["test"]
 
 
 def bytes_to_serve(served: Iterable[tuple[dict[str, Any], set[int]]]) -> int:
@@ -311,7 +332,7 @@ def comparison(table: pd.DataFrame) -> list[str]:
         cells = [mean_and_spread(by_task.get_group(t)["score"]) if t in by_task.groups else "" for t in tasks]
         trained = " / ".join(f"{by_task.get_group(t)['trained'].max() / 1e3:.0f}" for t in by_task.groups)
         seconds = rows.groupby("seed")["seconds"].sum().median()
-        all_tasks = f"{rows['bytes_all_tasks'].max() / 1e6:.1f}" if len(by_task) == len(tasks) else ""
+        all_tasks = f"{rows['bytes_all_tasks'].max() / 1e6:.1f}" if len(by_task) == len(TASKS) else ""
         lines.append(f"| {method} | " + " | ".join([*cells, trained, all_tasks, f"{seconds:.0f}"]) + " |")
     return lines
 

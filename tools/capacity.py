@@ -53,7 +53,8 @@ class Capacity(study.Study):
             chosen = [(row, [t for t in targets.split(",") if part[t] == number]) for row, targets in lines]
             with whole_file(str(path)) as file:
                 file.write("".join(f"{row},,{','.join(own)}\n" for row, own in chosen if own).encode())
-            data.append(data_loader.load_examples(str(path), 0.2, self.data(1).items))
+            fraction = self.settings(SPLIT_TASK, "tp").test_fraction
+            data.append(data_loader.load_examples(str(path), fraction, self.data(1).items))
         return data
 
     def first(self, folder: Path, ratio: float) -> None:
@@ -67,15 +68,16 @@ class Capacity(study.Study):
         pruning.prune(model, 1, [ratio])
         content["model"] = model.state_dict()
         content["tasks"][1]["prune_ratio"] = ratio
+        del content["tasks"][1]["results"]["pruned"]  # which are those of another ratio
         path = checkpoint.path_of(str(folder), 1, "tp")
         if not os.path.exists(path):
             checkpoint.save(path, content)
 
-    def model(self, percent: int) -> Iterator[dict[str, Any]]:
-        """Learns all tasks with one prune ratio; a row for task 1 and for every depth."""
-        ratio, folder, parts = percent / 100, self.folder / f"ratio_{percent}", self.parts(max(self.hp.depths))
+    def model(self, percent: int, parts: list[data_loader.TaskData]) -> Iterator[dict[str, Any]]:
+        """Learns task 1 and all `parts` with one prune ratio; a row for task 1 and for every depth."""
+        ratio, folder = percent / 100, self.folder / f"ratio_{percent}"
         self.first(folder, ratio)
-        for number in range(1, max(self.hp.depths) + 1):
+        for number in range(1, len(parts) + 2):
             task, data = (1, self.data(1)) if number == 1 else (SPLIT_TASK, parts[number - 2])
             for stage in ("ret",) if number == 1 else ("tp", "ret"):
                 start = checkpoint.path_of(str(folder), *checkpoint.stage_before(number, stage))
@@ -136,9 +138,11 @@ def plot(table: pd.DataFrame, path: str) -> None:
 def main(hp: Hyperparameters) -> None:
     rows = []
     for seed in range(hp.first_seed, hp.first_seed + hp.seeds):
+        runs = Capacity(hp, seed)
+        parts = runs.parts(max(hp.depths) - 1)
         for percent in hp.percents:
             print(f"seed {seed}: prune ratio {percent / 100:g}", flush=True)
-            rows += Capacity(hp, seed).model(percent)
+            rows += runs.model(percent, parts)
     table = pd.DataFrame(rows)
     with whole_file(os.path.join(hp.output_dir, "capacity.csv")) as file:
         table.to_csv(file, index=False)

@@ -18,7 +18,7 @@ from pruning import Reading
 from settings import NothingToDo
 from stage import Stage
 
-METRICS = {4: "accuracy"}  # of the tasks that are not scored by ranking
+METRIC = {4: "accuracy"}  # of the tasks that are not scored by ranking, as in their scripts
 
 
 @dataclass
@@ -60,9 +60,9 @@ class Study:
 
     def settings(self, task: int, stage: str, **changes: Any) -> SimpleNamespace:
         """The block of the task's script, with the architecture and the changes that the tool's block asks for."""
-        scripts = ("conure_tp_t1", f"conure_{stage}_t{task}")  # the first for what it alone has: the architecture
+        scripts = ("conure_tp_t1", f"conure_{stage}_t{task}")  # the first for what only it has, as the kernel size
         first, block = (importlib.import_module(name).Hyperparameters() for name in scripts)
-        values = vars(first) | vars(block) | {"seed": self.seed}
+        values = vars(first) | vars(block) | {"seed": self.seed, "index_path": str(self.folder / "index.csv")}
         values["data_path"] = os.path.join(self.hp.data_dir, os.path.basename(block.data_path))
         values |= {name: getattr(self.hp, name) for name in ("device", "channels", "dilations")}
         if task == 1:
