@@ -11,9 +11,8 @@
   PeterRec         task 1's SinMo frozen, small adapters and a head trained for every task
   popular          no model: the most popular targets or the majority class of the training part
 
-A task that Conure trains and retrains is trained for as many epochs by the others. How a step learns is as in the
-task's script, but where a model starts from nothing as in task 1's. FineAll, FineHead, MTL and PeterRec answer for
-task 1 with SinMo's model.
+A task that Conure trains and retrains is trained for as many epochs by the others, and a step learns as in the task's
+script. FineAll, FineHead, MTL and PeterRec answer for task 1 with SinMo's model.
 
 READS  the task files in data_dir
 WRITES to output_dir a folder per seed and method, from which a killed run goes on, then baselines.csv (a row per
@@ -77,7 +76,7 @@ class Joint(Unprotected):
     """Trains task 1's head too."""
 
     def tables(self, task: int) -> set[nn.Parameter]:
-        return super().tables(task) | super().tables(1)
+        return super().tables(1)
 
     def is_own(self, name: str, task: int) -> bool:
         return name.startswith((f"heads.{task}.", "heads.1."))
@@ -217,11 +216,10 @@ class Comparison(study.Study):
         """Trains the step, if that is not done yet."""
         hp, data, first = self.settings(step.task, step.stage), self.data(step.task), self.settings(1, "tp")
         loss = self.loss(step.task, hp)
-        if step.start is None:  # what a new embedding needs, the task's own script need not say
-            hp.table_rate, hp.decay, hp.dropout = first.table_rate, first.decay, first.dropout
         if step.network is not NextItNet:  # trained in one go, as long as Conure trains and retrains
             hp.epochs += self.settings(step.task, "ret").epochs
-        if step.network is Joint:  # with at least as many batches of task 1 as its tp has
+        if step.network is Joint:  # with task 1's tables as fast as in tp, and at least as many of its batches
+            hp.table_rate = first.table_rate
             wanted = first.epochs * self.steps_per_epoch(1, first.batch_size)
             hp.epochs = max(hp.epochs, math.ceil(wanted / self.steps_per_epoch(step.task, hp.batch_size)))
             loss = JointLoss(loss, self.loss(1, first), self.data(1), first.batch_size)
