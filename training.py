@@ -81,8 +81,8 @@ class Run:
         if reading.stage == "tp" and reading.task > 1 and hp.informed_head:
             print("head:", heads.inform(self.model, data, reading, self.device))
         self.model.dropout.p = hp.dropout
-        self.seed_dropout()
         self.trained = self.model.train_only(reading)
+        self.trained_count = self.count_trained()  # now, as pruning will give some of it an owner
         on_gpu = self.device.type == "cuda"
         self.precision = PRECISIONS[hp.precision] or (torch.bfloat16 if on_gpu else torch.float32)
         groups = parameter_groups(self.model, reading.task, hp.table_rate * hp.learning_rate)
@@ -90,6 +90,7 @@ class Run:
         self.rates = [group["lr"] for group in self.optimiser.param_groups]  # before any decay
         self.generator = torch.Generator().manual_seed(hp.seed)
         self.step, self.epoch, self.seconds = 0, 0.0, 0.0  # trained so far; evaluation is not counted
+        self.seed_dropout()
         self.losses: list[torch.Tensor] = []  # of the steps since they were last checked
         self.best = Best()
         self.stop = StopRequest()
@@ -114,9 +115,6 @@ class Run:
             print(f"  {name:20} {printable(value)}")
         print("data:", "\n  ".join(self.data.describe()))
         total = sum(parameter.numel() for parameter in self.model.parameters())
-        owners = [layer.owner for layer in pruning.owned_weights(self.model)]
-        frozen = sum(int((~pruning.used_and_trained(owner, self.reading)[1]).sum()) for owner in owners)
-        self.trained_count = sum(parameter.numel() for parameter in self.trained) - frozen
         print(f"parameters: {total:,}, of which this stage trains {self.trained_count:,}")
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         count = processes.own_share().count
@@ -124,11 +122,17 @@ class Run:
         print(f"device: {self.device.type}{threads}; {str(self.precision).removeprefix('torch.')}{several}")
         print("versions:", ", ".join(" ".join(version) for version in checkpoint.versions().items()))
 
+    def count_trained(self) -> int:
+        """How many numbers the stage trains: of the conv weights only those that get a gradient."""
+        owners = [layer.owner for layer in pruning.owned_weights(self.model)]
+        frozen = sum(int((~pruning.used_and_trained(owner, self.reading)[1]).sum()) for owner in owners)
+        return sum(parameter.numel() for parameter in self.trained) - frozen
+
     def train(self, loss: Loss, to_the_end: bool = False) -> None:
         """Adam over `epochs`, evaluating every `eval_every` steps; keeps the state that is best on validation.
 
-        Ctrl-C ends training as if it had converged, or with `to_the_end` leaves it unfinished. InputError if the loss is
-        not finite.
+        Ctrl-C ends training as if it had converged, or with `to_the_end` leaves it unfinished. InputError if the loss
+        is not finite.
         """
         steps_per_epoch = -(-len(self.data.splits["train"]) // self.hp.batch_size)
         steps = self.hp.epochs * steps_per_epoch

@@ -34,8 +34,8 @@ SPLIT_TASK, NEXT_TASK = 2, 3  # whose targets are split, and which task is learn
 @dataclass
 class Hyperparameters(study.Settings):
     output_dir: str = "checkpoints/capacity"  # a folder per seed, capacity.csv and capacity.png
-    percents: tuple[int, ...] = (50, 70, 85, 95)  # prune ratios to try, in per cent
-    depths: tuple[int, ...] = (1, 3, 6, 9)  # numbers of tasks after which task 3 is learned
+    percents: tuple[int, ...] = (50, 70, 90)  # prune ratios to try, in per cent
+    depths: tuple[int, ...] = (1, 4, 9)  # numbers of tasks after which task 3 is learned
 
 
 class Capacity(study.Study):
