@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -76,12 +77,15 @@ def test_one_method_alone(demo, tmp_path):
 def test_ctrl_c_leaves_a_run_unfinished(demo, tmp_path):
     flags = ["--data_dir", str(demo / "Data"), "--output_dir", str(tmp_path), "--only", "SinMo", *SMALL]
     command = [sys.executable, "-m", "tools.baselines", *flags, "--first_epochs", "100000"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    streams = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    # As in a terminal, where it is not ignored; a shell's background jobs, these tests among them, ignore it.
+    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, cwd=ROOT, preexec_fn=heeded, **streams)
     while not list(tmp_path.rglob("*.snapshot.pt")):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate()
+    _, error = process.communicate(timeout=120)
     assert process.returncode == 130 and "goes on from the last snapshot" in error
     assert {path.name for path in tmp_path.rglob("*.pt")} == {"tp_t1.snapshot.pt"}
 
