@@ -43,22 +43,25 @@ class Capacity(study.Study):
 
     def parts(self, count: int) -> list[data_loader.TaskData]:
         """Task 2's data split in so many tasks; each has every `count`-th target by falling frequency."""
-        with open(self.settings(SPLIT_TASK, "tp").data_path, encoding="utf-8") as file:
+        hp = self.settings(SPLIT_TASK, "tp")
+        with open(hp.data_path, encoding="utf-8") as file:
             lines = [line.rstrip("\n").split(",,") for line in file]
         frequency = Counter(itertools.chain.from_iterable(targets.split(",") for _, targets in lines))
-        part = {target: rank % count for rank, (target, _) in enumerate(frequency.most_common())}
+        part = {target: number for (target, _), number in zip(frequency.most_common(), itertools.cycle(range(count)))}
         data = []
         for number in range(count):
             path = Path(self.hp.output_dir) / "Data" / f"part_{number + 1}_of_{count}.csv"
             chosen = [(row, [t for t in targets.split(",") if part[t] == number]) for row, targets in lines]
             with whole_file(str(path)) as file:
                 file.write("".join(f"{row},,{','.join(own)}\n" for row, own in chosen if own).encode())
-            fraction = self.settings(SPLIT_TASK, "tp").test_fraction
-            data.append(data_loader.load_examples(str(path), fraction, self.data(1).items))
+            data.append(data_loader.load_examples(str(path), hp.test_fraction, self.data(1).items))
         return data
 
     def first(self, folder: Path, ratio: float) -> None:
         """Task 1 pruned by `ratio` in `folder`: trained once for all ratios, as that comes before pruning."""
+        path = checkpoint.path_of(str(folder), 1, "tp")
+        if os.path.exists(path):
+            return
         hp = self.settings(1, "tp")
         self.learn(self.folder, hp, Reading(1, "tp"), self.data(1), self.loss(1, hp), None)
         content, _ = checkpoint.load(checkpoint.path_of(str(self.folder), 1, "tp"))
@@ -69,9 +72,7 @@ class Capacity(study.Study):
         content["model"] = model.state_dict()
         content["tasks"][1]["prune_ratio"] = ratio
         del content["tasks"][1]["results"]["pruned"]  # which are those of another ratio
-        path = checkpoint.path_of(str(folder), 1, "tp")
-        if not os.path.exists(path):
-            checkpoint.save(path, content)
+        checkpoint.save(path, content)
 
     def model(self, percent: int, parts: list[data_loader.TaskData]) -> Iterator[dict[str, Any]]:
         """Learns task 1 and all `parts` with one prune ratio; a row for task 1 and for every depth."""
