@@ -7,7 +7,7 @@
     architecture  the arguments of NextItNet
     model         state dict: weights, owner maps, heads, on the CPU
     items         the item vocabulary, as one uint8 tensor
-    tasks         for each task learned so far: its data, targets, prune ratio, hyperparameters, results
+    tasks         for each task learned so far: its data, length of rows, targets, prune ratio, hyperparameters, results
     versions      of Python and the packages
 
 A snapshot is a file of the same kind, with the state of a stage that is under way in place of model and tasks. The
@@ -29,7 +29,7 @@ from files import load_sealed, save_sealed, seal_of
 from nextitnet import NextItNet
 from pruning import Reading
 
-FORMAT = 1
+FORMAT = 2
 NAME = r"(tp|ret)_t([1-9]\d*)\.(snapshot\.)?pt"  # of a checkpoint or a snapshot; copies may be called anything else
 
 

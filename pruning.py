@@ -80,6 +80,12 @@ def keep_count(size: int, earlier_ratios: Sequence[float], ratio: float) -> int:
     return int(np.floor(kept * np.float32(1 - ratio))) + 1
 
 
+def budget(layer: OwnedWeight, ratios: Sequence[float]) -> tuple[int, int]:
+    """How many of the layer's weights are free, and how many of those a task takes; `ratios` are of tasks 1 to it."""
+    free = int((layer.owner == FREE).sum())
+    return free, min(keep_count(layer.owner.numel(), ratios[:-1], ratios[-1]), free)
+
+
 @torch.no_grad()
 def prune(model: nn.Module, task: int, ratios: Sequence[float]) -> None:
     """Gives `task` the free weights of largest magnitude in each layer; `ratios` are those of tasks 1..task.
@@ -91,11 +97,10 @@ def prune(model: nn.Module, task: int, ratios: Sequence[float]) -> None:
     for layer in owned_weights(model):
         if (layer.owner == task).any():
             raise ValueError(f"task {task} owns weights already: it has been pruned before")
-        free = layer.owner == FREE
-        count = min(keep_count(layer.owner.numel(), ratios[:-1], ratios[-1]), int(free.sum()))
-        if count == 0:
+        free, count = budget(layer, ratios)
+        if free == 0:
             raise ValueError(f"no free weights are left for task {task}")
-        magnitude = torch.where(free, layer.weight.abs(), -1.0)
+        magnitude = torch.where(layer.owner == FREE, layer.weight.abs(), -1.0)
         layer.owner.view(-1)[magnitude.flatten().topk(count).indices] = task
 
 

@@ -52,6 +52,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "kernel_size": (lambda v: 1 <= v <= 100, "from 1 to 100"),
     "negative_fraction": (lambda v: 0 < v <= 1, "above 0 and at most 1: a share of all items"),
     "dropout": (lambda v: 0 <= v < 1, "from 0 to below 1"),
+    "dtype": (lambda v: v in ("float32", "float16", "bfloat16"), "float32, float16 or bfloat16"),
     "loss": (lambda v: v in ("softmax", "bpr", "bce"), "softmax, bpr or bce"),
     "split": (lambda v: v in ("test", "validation", "heldout"), "test, validation or heldout"),
     "length": (lambda v: v >= 2, "at least 2"),

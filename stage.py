@@ -97,10 +97,28 @@ class Stage:
         else:
             model = checkpoint.build_model(self.before, self.network)
         if stage == "tp" and task > 1:
-            if not pruning.shares(model).get(pruning.FREE):
-                raise InputError(f"no free weights are left for task {task}: give earlier tasks a higher --prune_ratio")
+            self.check_capacity(model)
             model.add_head(task, len(self.data.target_vocabulary))
         return model
+
+    def prune_ratios(self) -> list[float]:
+        """Those of all tasks before this one, and its own."""
+        earlier = [record["prune_ratio"] for task, record in sorted(self.tasks.items()) if task < self.reading.task]
+        return earlier + [self.hp.prune_ratio]
+
+    def check_capacity(self, model: NextItNet) -> None:
+        """Prints how many weights are free for the task, and how many it will keep; InputError if a layer has none."""
+        task, ratios = self.reading.task, self.prune_ratios()
+        free, kept = zip(*(pruning.budget(layer, ratios) for layer in pruning.owned_weights(model)))
+        total = sum(layer.owner.numel() for layer in pruning.owned_weights(model))
+        if not all(free):
+            raise InputError(
+                f"no free weights are left for task {task}: {free.count(0)} of {len(free)} conv layers belong to tasks "
+                f"1 to {task - 1} entirely, and of {total:,} weights {sum(free):,} are free; begin again at task 1 "
+                f"with --prune_ratio {1 - 1 / task:.2f} or higher, which leaves room for {task} tasks, or more channels"
+            )
+        share = sum(free) / total
+        print(f"capacity: {sum(free):,} of {total:,} conv weights are free ({share:.2%}); it will keep {sum(kept):,}")
 
     def write_snapshot(self, state: dict[str, Any]) -> None:
         checkpoint.save(self.snapshot_path, {"identity": self.identity, "overwrite": self.hp.overwrite, "state": state})
@@ -134,6 +152,7 @@ class Stage:
             "data_path": self.data.path,
             "data_digest": self.data.digest,
             "test_fraction": self.hp.test_fraction,
+            "length": self.data.rows.shape[1] + (1 if task == 1 else -1),
             "targets": self.data.target_vocabulary.to_tensor(),
             "target_count": len(self.data.target_vocabulary),
             "prune_ratio": record.get("prune_ratio") or self.hp.prune_ratio,

@@ -269,8 +269,7 @@ class Run:
 
     def prune(self) -> None:
         """Gives the task its share of the free weights and reports what that cost."""
-        ratios = [self.stage.tasks[task]["prune_ratio"] for task in sorted(self.stage.tasks)] + [self.hp.prune_ratio]
-        pruning.prune(self.model, self.reading.task, ratios)
+        pruning.prune(self.model, self.reading.task, self.stage.prune_ratios())
         self.report("pruned", ("validation", "test"))
         for owner, share in sorted(pruning.shares(self.model).items(), key=lambda item: item[0] or pruning.MAX_TASKS):
             print(f"  {f'task {owner} owns' if owner else 'free'}: {share:.2%} of the conv weights")

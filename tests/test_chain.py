@@ -241,3 +241,22 @@ def test_a_head_starts_as_task_1s_only_if_its_targets_are_the_same_things(chain,
         frequency = np.bincount(data.targets[data.splits["train"]], minlength=len(ids)) + 1
         expected = torch.from_numpy(np.log(frequency) - np.log(frequency.mean())).float()
         torch.testing.assert_close(model["heads.2.bias"], expected)
+
+
+def test_a_chain_without_free_weights_says_so_before_training(demo, tmp_path, run_here):
+    """48 weights a layer: task 1 keeps 46 of them, and task 2 takes the last two."""
+    shutil.copytree(demo / "Data", tmp_path / "Data")
+    for task, stage in STAGES[:4]:
+        shape = ["--channels", "4", "--dilations", "1"] if (task, stage) == (1, "tp") else []
+        ratio = ["--prune_ratio", "0.05"] if stage == "tp" else []
+        arguments = [*flags(tmp_path, task), *shape, *ratio, "--epochs", "1"]
+        code, output, error = run_here(f"conure_{stage}_t{task}.py", *arguments)
+        assert code == 0, error
+        expected = "capacity: 4 of 96 conv weights are free (4.17%); it will keep 4"
+        assert (expected in output) == ((task, stage) == (2, "tp"))
+    code, output, error = run_here("conure_tp_t3.py", *flags(tmp_path, 3), "--epochs", "1")
+    assert code == 2 and "RESULT" not in output
+    assert error.startswith(
+        "error: no free weights are left for task 3: 2 of 2 conv layers belong to tasks 1 to 2 entirely, and of 96 "
+        "weights 0 are free; begin again at task 1 with --prune_ratio 0.67 or higher"
+    )

@@ -1,0 +1,229 @@
+"""Export, represent and recommend: one task, served from a file of its own, is the task as it was learned."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import FILES
+from test_scripts import refused
+
+import checkpoint
+import data_loader
+import files
+import ttl_format
+from nextitnet import NextItNet
+from pruning import Reading
+from tools import export
+
+
+@pytest.fixture
+def tool(run_here):
+    """Runs a tool, which must succeed, and returns what it printed."""
+
+    def run(name: str, *arguments) -> str:
+        code, output, error = run_here(f"tools/{name}.py", *map(str, arguments))
+        assert code == 0, error
+        return output
+
+    return run
+
+
+@pytest.fixture
+def serving(chain, tool, tmp_path):
+    """Makes the serving file of a task from the checkpoint of a stage."""
+
+    def make(task: int, source: str = "ret_t4.pt", *more: str) -> Path:
+        path = tmp_path / f"{source}_{task}{''.join(more)}"
+        tool("export", "--task", task, "--checkpoint", chain[0] / "checkpoints" / source, "--output", path, *more)
+        return path
+
+    return make
+
+
+def model_of(chain, name="ret_t4.pt"):
+    return checkpoint.build_model(checkpoint.load(str(chain[0] / "checkpoints" / name))[0])
+
+
+def inputs_of(chain, task) -> torch.Tensor:
+    """The rows of a task's file as ids, with the separator where the task has one."""
+    items = data_loader.read_index(str(chain[0] / "Data" / "index.csv"))
+    rows = data_loader.encode(str(chain[0] / "Data" / FILES[task]), task > 1, items).rows
+    return torch.from_numpy(rows).long()
+
+
+@pytest.mark.parametrize("task", [1, 2, 4])
+def test_representations_are_the_models_bit_by_bit_whatever_it_has_learned_since(chain, serving, tool, tmp_path, task):
+    written = []
+    for number, source in enumerate((f"ret_t{task}.pt", "ret_t4.pt")):
+        output = tmp_path / f"{number}.npy"
+        data = chain[0] / "Data" / FILES[task]
+        tool("represent", "--task", task, "--serving", serving(task, source), "--data_path", data, "--output", output)
+        written.append(output.read_bytes())
+    assert written[0] == written[1]
+    users, inputs = np.load(output), inputs_of(chain, task)
+    assert users.dtype == np.float32 and users.shape == (len(inputs), 32)
+    with torch.no_grad():
+        expected = model_of(chain).user_representation(inputs[:256], Reading(task, "inference"))
+        last = model_of(chain).user_representation(inputs[-256:], Reading(task, "inference"))
+    assert np.array_equal(users[:256], expected.numpy())
+    np.testing.assert_allclose(users[-256:], last.numpy(), atol=1e-6)
+
+
+def test_a_serving_file_has_nothing_of_other_tasks(chain, serving):
+    path = serving(2)
+    content, _ = files.load_sealed(str(path))
+    model, owned = model_of(chain), 0
+    assert {name for name in content["weights"] if "head" in name} == {"heads.2.weight", "heads.2.bias"}
+    for name, layer in content["conv"].items():
+        owner = model.get_submodule(name).owner
+        owned += int(((owner == 1) | (owner == 2)).sum())
+        assert len(layer["weights"]) == int(((owner == 1) | (owner == 2)).sum())
+        assert layer["readable"].nbytes == -(-owner.numel() // 8)
+    assert 0 < owned < 0.6 * sum(module.owner.numel() for module in model.modules() if hasattr(module, "owner"))
+    whole = (chain[0] / "checkpoints" / "ret_t4.pt").stat().st_size
+    assert serving(2, "ret_t4.pt", "--dtype", "float16").stat().st_size < path.stat().st_size < 0.7 * whole
+
+
+def test_weights_in_16_bits_change_the_representations_little(chain, serving, tool, tmp_path):
+    data = chain[0] / "Data" / FILES[2]
+    users = {}
+    for dtype in ("float32", "float16", "bfloat16"):
+        served, output = serving(2, "ret_t4.pt", "--dtype", dtype), tmp_path / f"{dtype}.npy"
+        tool("represent", "--task", 2, "--serving", served, "--data_path", data, "--output", output)
+        users[dtype] = np.load(output)
+    spread = users["float32"].std()
+    assert 0 < np.abs(users["float16"] - users["float32"]).max() < 0.02 * spread
+    assert 0 < np.abs(users["bfloat16"] - users["float32"]).max() < 0.2 * spread
+
+
+def test_tables_hold_what_npy_holds_beside_the_users(chain, serving, tool, tmp_path):
+    pytest.importorskip("pyarrow")
+    served, data = serving(3), chain[0] / "Data" / FILES[3]
+    count = len(data.read_text().splitlines())
+    (tmp_path / "ids").write_text("".join(f"user {number}\n" for number in range(count)))
+    for name in ("u.npy", "u.csv", "u.parquet"):
+        arguments = ("--task", 3, "--serving", served, "--data_path", data, "--output", tmp_path / name)
+        tool("represent", *arguments, "--ids", tmp_path / "ids")
+    for table in (pd.read_csv(tmp_path / "u.csv"), pd.read_parquet(tmp_path / "u.parquet")):
+        assert table["user"].tolist() == [f"user {number}" for number in range(count)]
+        assert np.array_equal(table.iloc[:, 1:].to_numpy(np.float32), np.load(tmp_path / "u.npy"))
+
+
+def test_rows_of_any_form_are_read_as_training_reads_them(chain, serving, tool, tmp_path, monkeypatch):
+    """Shorter ones are padded on the left, longer ones lose their oldest items, what follows `,,` is not looked at."""
+    served = serving(2)
+    row = (chain[0] / "Data" / FILES[1]).read_text().splitlines()[0]
+    short = "1,2,3"
+    forms = {
+        "sequences": [row, short, "never seen,2,3", f"9,9,{row}"],
+        "examples": [f"{row},,clicks0_1", f"{','.join(['0'] * 17)},{short},,x,y", "not seen,2,3,,7", f"8,{row},,1"],
+    }
+    monkeypatch.setattr(ttl_format, "CHUNK_BYTES", 16)  # so that every row comes in a chunk of its own
+    users = []
+    for name, lines in forms.items():
+        (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
+        arguments = ("--task", 2, "--serving", served, "--data_path", tmp_path / name)
+        output = tool("represent", *arguments, "--output", tmp_path / "u.npy")
+        assert "4 rows; read as <UNK>: 1 items that task 1 never saw; 1 rows longer than 20" in output
+        users.append(np.load(tmp_path / "u.npy"))
+    assert np.array_equal(*users)
+    assert np.array_equal(users[0][0], users[0][3]) and not np.array_equal(users[0][1], users[0][2])
+
+
+@pytest.mark.parametrize("task, k", [(1, 7), (2, 10), (4, 10)])
+def test_recommendations_are_the_best_scores_in_the_users_own_tokens(chain, serving, tool, task, k):
+    data = chain[0] / "Data" / FILES[task]
+    output = tool("recommend", "--task", task, "--serving", serving(task), "--data_path", data, "--top_k", k)
+    table = pd.read_csv(pd.io.common.StringIO(output), dtype={"target": str})
+    record = checkpoint.load(str(chain[0] / "checkpoints" / "ret_t4.pt"))[0]["tasks"][task]
+    tokens = data_loader.Vocabulary.from_tensor(record["targets"]).tokens
+    with torch.no_grad():
+        scores = model_of(chain).scores(inputs_of(chain, task), Reading(task, "inference")).numpy()
+    for never in ("<UNK>", "0"):
+        if never in tokens:
+            scores[:, tokens.index(never)] = -np.inf
+    k = min(k, int((scores[0] > -np.inf).sum()))
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    assert table["user"].tolist() == np.repeat(np.arange(1, len(scores) + 1), k).tolist()
+    assert table["rank"].tolist() == list(range(1, k + 1)) * len(scores)
+    np.testing.assert_allclose(table["score"], np.take_along_axis(scores, best, 1).ravel(), atol=1e-5)
+    assert np.mean(table["target"] == np.array(tokens)[best].ravel()) > 0.99, "but for ties to the last bits"
+
+
+def test_what_a_row_holds_is_left_out_if_asked(chain, serving, tool):
+    data = chain[0] / "Data" / FILES[1]
+    rows = [set(line.split(",")) for line in data.read_text().splitlines()]
+    arguments = ("--task", 1, "--serving", serving(1), "--data_path", data, "--top_k", 5)
+    seen = []
+    for more in ([], ["--exclude_seen"]):
+        table = pd.read_csv(pd.io.common.StringIO(tool("recommend", *arguments, *more)), dtype={"target": str})
+        assert len(table) == 5 * len(rows)
+        seen.append(sum(target in rows[user - 1] for user, target in zip(table["user"], table["target"])))
+    assert seen[0] > 0 and seen[1] == 0
+
+
+@pytest.mark.parametrize("task", [1, 3])
+def test_a_program_runs_without_the_suite(chain, serving, tool, tmp_path, task):
+    tool("export", "--task", task, "--checkpoint", chain[0] / "checkpoints" / "ret_t4.pt",
+         "--output", tmp_path / "x", "--program", tmp_path / "task.pt2")  # fmt: skip
+    inputs = inputs_of(chain, task)[:300]
+    torch.save(inputs[:, :-1] if task > 1 else inputs, tmp_path / "ids.pt")
+    alone = """
+import torch
+files = {"items.txt": "", "targets.txt": ""}
+program = torch.export.load("task.pt2", extra_files=files).module()
+for count in (1, 300):
+    torch.save(program(torch.load("ids.pt")[:count]), f"{count}.pt")
+print(len(files["items.txt"].split("\\n")), files["targets.txt"].split("\\n")[0])
+"""
+    done = subprocess.run([sys.executable, "-I", "-c", alone], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    model = model_of(chain)
+    assert done.stdout.split() == [str(model.architecture["items"]), "<UNK>"]
+    with torch.no_grad():
+        reading = Reading(task, "inference")
+        expected = model.user_representation(inputs, reading), model.scores(inputs, reading)[:, 1:]
+    for count in (1, 300):
+        users, scores = torch.load(tmp_path / f"{count}.pt")
+        assert (scores[:, 0] == -torch.inf).all()
+        for found, wanted in zip((users, scores[:, 1:]), expected):
+            torch.testing.assert_close(found, wanted[:count], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", [1, 2])
+def test_a_program_counts_positions_as_the_model_does(task):
+    torch.manual_seed(1)
+    model = NextItNet(30, 8, [1, 2], 3, positions=6).eval()
+    model.add_head(2, 9)
+    torch.nn.init.normal_(model.position.weight)
+    ids, reading = torch.randint(1, 30, (5, 7)), Reading(task, "tp")  # longer than the positions by one or two
+    users, scores = export.Program(model, task, 7)(ids)
+    whole = torch.nn.functional.pad(ids, (0, 1)) if task > 1 else ids
+    torch.testing.assert_close(users, model.user_representation(whole, reading), rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores[:, 1:], model.scores(whole, reading)[:, 1:], rtol=0, atol=1e-5)
+
+
+def test_what_cannot_be_served_is_refused_in_one_line(chain, serving, run_here, tmp_path):
+    served, data = str(serving(2)), str(chain[0] / "Data" / FILES[2])
+    source = ["--serving", served, "--data_path", data]
+    represent = ["tools/represent.py", *source, "--output", str(tmp_path / "u.npy")]
+    assert "serves task 2: give --task 2" in refused(run_here(*represent, "--task", "3"))
+    assert "must end with .npy, .csv" in refused(run_here(*represent, "--task", "2", "--output", "u.txt"))
+    (tmp_path / "ids").write_text("one\ntwo\n")
+    assert "fewer lines" in refused(run_here(*represent, "--task", "2", "--ids", str(tmp_path / "ids")))
+    (tmp_path / "ids").write_text("a\n" * 5000)
+    assert "more lines" in refused(run_here(*represent, "--task", "2", "--ids", str(tmp_path / "ids")))
+    assert not (tmp_path / "u.npy").exists()
+    missing = ["tools/recommend.py", *source[2:], "--serving", str(tmp_path / "none"), "--task", "2"]
+    assert "run `python -m tools.export --task 2` first" in refused(run_here(*missing))
+    bits = bytearray(Path(served).read_bytes())
+    bits[len(bits) // 2] ^= 1
+    Path(served).write_bytes(bits)
+    assert "damaged" in refused(run_here(*represent, "--task", "2"))
+    folder = ["--checkpoint_dir", str(chain[0] / "checkpoints")]
+    assert "has learned tasks 1 to 4" in refused(run_here("tools/export.py", "--task", "5", *folder))
+    assert "--dtype int8 makes no sense" in refused(run_here("tools/export.py", "--task", "1", "--dtype", "int8"))

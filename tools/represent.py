@@ -1,0 +1,95 @@
+"""Writes the user representation of every row of a data file, in file order.
+
+READS  a serving file, from tools.export; a data file of any task, or any file of such lines
+WRITES output, by its ending:  .npy      float32 (rows, channels), the rows as in the data file
+                               .csv      user, then a column for each channel
+                               .parquet  the same; takes pyarrow, which is asked for by name where it is missing
+NEXT   your own model, index of nearest neighbours, or dashboard
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import settings  # isort: skip (before torch, whose threads it tells how to wait)
+
+import numpy as np
+import pandas as pd
+
+from files import whole_file
+from settings import InputError
+from tools import serving
+from training import pick_device
+
+Blocks = Iterator[tuple[list[str], np.ndarray]]  # users, and their representations (B, C) float32
+
+
+@dataclass
+class Hyperparameters(serving.Source):
+    output: str = "users.npy"  # .npy, .csv or .parquet
+
+
+def write_npy(file: BinaryIO, blocks: Blocks) -> None:
+    """The header has room for any number of rows, so it is written again once that is known."""
+    count, header = 0, {"descr": "<f4", "fortran_order": False}
+    for _, block in blocks:
+        if count == 0:
+            np.lib.format.write_array_header_1_0(file, header | {"shape": (0, block.shape[1])})
+        file.write(np.ascontiguousarray(block, "<f4").tobytes())
+        count += len(block)
+    file.seek(0)
+    np.lib.format.write_array_header_1_0(file, header | {"shape": (count, block.shape[1])})
+
+
+def tables(blocks: Blocks) -> Iterator[pd.DataFrame]:
+    for users, block in blocks:
+        table = pd.DataFrame(block, columns=[f"v{channel}" for channel in range(block.shape[1])])
+        table.insert(0, "user", users)
+        yield table
+
+
+def write_csv(file: BinaryIO, blocks: Blocks) -> None:
+    for number, table in enumerate(tables(blocks)):
+        table.to_csv(file, index=False, header=number == 0)
+
+
+def write_parquet(file: BinaryIO, blocks: Blocks) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    writer = None
+    for table in map(pyarrow.Table.from_pandas, tables(blocks)):
+        writer = writer or pyarrow.parquet.ParquetWriter(file, table.schema)
+        writer.write_table(table)
+    writer.close()
+
+
+WRITERS = {".npy": write_npy, ".csv": write_csv, ".parquet": write_parquet}
+
+
+def writer_of(path: str) -> Callable[[BinaryIO, Blocks], None]:
+    """By the ending of the name; InputError if it is none of WRITERS, or a package is missing."""
+    ending = os.path.splitext(path)[1]
+    if ending not in WRITERS:
+        raise InputError(f"--output {path}: the name must end with {', '.join(WRITERS)}")
+    if ending == ".parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError:
+            raise InputError(".parquet takes pyarrow: .venv/bin/python -m pip install pyarrow") from None
+    return WRITERS[ending]
+
+
+def main(hp: Hyperparameters) -> None:
+    write = writer_of(hp.output)
+    served = serving.Served(hp, pick_device(hp.device))
+    batches = served.batches(hp.data_path, hp.ids)
+    with whole_file(hp.output) as file:
+        write(file, ((users, served.represent(ids).cpu().numpy()) for users, ids in batches))
+    print(served.said())
+    print(f"wrote {hp.output}: {served.rows:,} rows, {served.channels} channels")
+
+
+if __name__ == "__main__":
+    settings.run(main, Hyperparameters, __doc__)
