@@ -2,11 +2,12 @@
 
 Every item belongs to a taste, every user has a favourite and a second one. A sequence follows the series that the
 items of a taste form, or jumps to a popular item of one of the two tastes; clicks and likes are other things of the
-same tastes; gender goes with the favourite taste nine times out of ten. So the sequence tells more than popularity
-does, and what task 1 learns about it helps the tasks after it.
+same tastes; gender and age go with the favourite taste nine times out of ten. So the sequence tells more than
+popularity does, and what task 1 learns about it helps the tasks after it.
 
 WRITES original_desen_pretrain.csv, original_desen_finetune_click_nouserID.csv,
-       original_desen_finetune_like_nouserID.csv, original_desen_gender.csv
+       original_desen_finetune_like_nouserID.csv, original_desen_gender.csv, and original_desen_age.csv for a fifth
+       task, whose scripts are yet to be made: "Adding a task" in README.md
 NEXT   python conure_tp_t1.py
 """
 
@@ -34,7 +35,7 @@ TASTES = 8
 ITEMS_PER_TASTE = {"items": 50, "clicks": 25, "likes": 12}
 FAVOURITE = 0.8  # probability that an item is of the favourite taste and not of the second
 SERIES = 0.6  # probability that the next item continues the series of the last
-FAITHFUL = 0.9  # probability that gender goes with the favourite taste
+FAITHFUL = 0.9  # probability that gender, or age, goes with the favourite taste
 
 
 def popular(random: np.random.Generator, count: int) -> int:
@@ -67,8 +68,9 @@ def targets(random: np.random.Generator, tastes: np.ndarray, kind: str, most: in
 
 
 def main(hp: Hyperparameters) -> None:
-    files = {"pretrain": [], "finetune_click_nouserID": [], "finetune_like_nouserID": [], "gender": []}
+    files = {"pretrain": [], "finetune_click_nouserID": [], "finetune_like_nouserID": [], "gender": [], "age": []}
     random = np.random.default_rng(hp.seed)
+    (random_age,) = random.spawn(1)
     for _ in range(hp.users):
         tastes = random.permutation(TASTES)[:2]
         items = sequence(random, tastes, int(random.integers(max(1, hp.length // 3), hp.length + 1)))
@@ -79,6 +81,8 @@ def main(hp: Hyperparameters) -> None:
             files["finetune_like_nouserID"].append(f"{line},,{','.join(targets(random, tastes, 'likes', 3))}")
         faithful = random.random() < FAITHFUL
         files["gender"].append(f"{line},,{1 if (tastes[0] < TASTES // 2) == faithful else 2}")
+        decade = tastes[0] if random_age.random() < FAITHFUL else random_age.integers(TASTES)
+        files["age"].append(f"{line},,{10 + 10 * decade}")
     write_task_files(hp.output_dir, files, hp.overwrite)
 
 

@@ -76,9 +76,9 @@ def test_a_value_of_another_type_at_the_top_of_a_script_is_refused(tmp_path, edi
 
 
 def test_data_makers_leave_no_files_of_other_data_beside_theirs(run_here, tmp_path):
-    (tmp_path / "original_desen_age.csv").write_text("1,2,,3\n")
+    (tmp_path / "original_desen_job.csv").write_text("1,2,,3\n")
     error = refused(run_here("Data/make_demo.py", "--output_dir", str(tmp_path), "--users", "5", "--overwrite"))
-    assert "original_desen_age.csv is of other data" in error
+    assert "original_desen_job.csv is of other data" in error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
