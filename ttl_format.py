@@ -17,7 +17,7 @@ from settings import InputError
 
 T = TypeVar("T")
 
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 1 << 20  # larger ones fall out of the cache: 16 MB take half as long again
 MAX_TOKEN_BYTES = 256  # longer ones are no item ids, and would slow down the comparison of all others
 MAX_LINE_TOKENS = 10_000  # all rows are padded to the longest, so one freak line would take all memory
 MAX_NUMBER = 1 << 24  # of the table that numbers are looked up in, 64 MB

@@ -1,0 +1,122 @@
+"""Every command of the README, run in the README's order in a copy of the project, with small settings where it is long."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import checkpoint
+import data_loader
+from pruning import Reading
+
+COMMAND = r"(?:bash|rm|python3|(?:[A-Z_]+=\S+ )*bash|\.venv/bin/\w+) .*"
+TINY = "--first_epochs 1 --epochs 1 --channels 8 --dilations 1 --seeds 1"
+APART = "--checkpoint_dir apart --index_path apart/index.csv --epochs 1 --channels 8 --dilations 1"
+
+# Which commands are not run as they stand, and what makes them short; the demo stands for the data that they name.
+SHORTER = {
+    "bash run_all.sh --full": "",  # after the settings at the top of the scripts were made small
+    ".venv/bin/python conure_tp_t1.py": APART,
+    "bash benchmarks/movielens.sh DATA_DIR OUTPUT_DIR 10 11 12": "",
+    ".venv/bin/python -m tools.baselines --data_dir ../shared/data/ml-1m-half-conure": f"{TINY} --only FineHead",
+    ".venv/bin/python -m tools.capacity --data_dir ../shared/data/ml-1m-half-conure --epochs 2": f"{TINY} --depths 1,2",
+    ".venv/bin/torchrun --nproc_per_node=2 conure_tp_t1.py": f"{APART} --overwrite",
+}
+ELSEWHERE = {
+    "bash run_tests.sh": "runs this test",
+    "CONURE_REFERENCE=folder bash run_tests.sh": "is this, with more references",
+    ".venv/bin/python tests/soak.py": "test_soak.py runs every part of it",
+    "python3 -m venv .venv && .venv/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu": (
+        "takes the network; the version is checked below"
+    ),
+}
+
+
+def commands(text: str) -> list[str]:
+    """The commands of a page in order: lines of its code blocks, a loop as one, and code within its sentences."""
+    found = []
+    for block, span in re.findall(r"^```\n(.*?)^```$|`([^`\n]+)`", text, re.MULTILINE | re.DOTALL):
+        if block.startswith("old="):
+            found.append(block.strip())
+        else:
+            found += [line for line in (block.splitlines() or [span]) if re.fullmatch(COMMAND, line)]
+    return list(dict.fromkeys(found))
+
+
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    """The project's files in a folder of their own, whose demo data also lie where the README has MovieLens."""
+    folder = tmp_path_factory.mktemp("readme") / "project"
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    (folder / ".venv").symlink_to(Path(sys.executable).parents[1])
+    (folder.parent / "shared" / "data").mkdir(parents=True)
+    (folder.parent / "shared" / "data" / "ml-1m-half-conure").symlink_to(folder / "Data" / "Session")
+    return folder
+
+
+def run(folder: Path, command: str) -> str:
+    done = subprocess.run(["bash", "-euc", command], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def test_the_commands_that_are_not_run_as_they_stand_are_the_readmes():
+    assert {*SHORTER, *ELSEWHERE} <= set(commands(README))
+    pinned = (ROOT / "requirements.txt").read_text().splitlines()[0]
+    assert all(version == pinned for version in re.findall(r"torch==[\d.]+", README))
+
+
+@pytest.mark.parametrize("command", [command for command in commands(README) if command not in ELSEWHERE])
+def test_a_command(copy, command):
+    if command == "bash run_all.sh --full":
+        shrink(copy)
+    short = f"{command} {SHORTER.get(command, '')}"
+    for name, here in {"DATA_DIR": "Data/Session", "OUTPUT_DIR": "output", " 10 11 12": " 10"}.items():
+        short = short.replace(name, here)
+    output = run(copy, f"export FLAGS='--epochs 1'; {short}")
+    if command == "bash run_all.sh":
+        assert output.count("\n== python conure_") == 8 and "nothing forgotten" in output
+    if command.startswith("old="):
+        assert_learned(copy, 5)
+        folder = copy / "Data" / "Session"
+        shutil.copy(folder / "original_desen_finetune_like_nouserID.csv", folder / "original_desen_shares.csv")
+        run(copy, command.replace("old=4 new=5 data=age", "old=3 new=6 data=shares"))
+        assert_learned(copy, 6)
+
+
+def shrink(copy: Path) -> None:
+    """Edits the blocks of the scripts, as a user does, and puts away what other settings left."""
+    for script in copy.glob("conure_*.py"):
+        text = re.sub(r"    epochs: int = \d+", "    epochs: int = 1", script.read_text())
+        script.write_text(re.sub(r"    channels: int = \d+", "    channels: int = 8", text))
+    run(copy, "rm -f Data/Session/*.csv checkpoints/*")
+
+
+def assert_learned(copy: Path, task: int) -> None:
+    """Nothing is forgotten, and if the task has classes its accuracy is that of the best of all of them, row by row."""
+    assert run(copy, ".venv/bin/python evaluate.py").count(" same\n") == task
+    run(copy, f".venv/bin/python -m tools.export --task {task}")
+    content, _ = checkpoint.load(str(copy / "checkpoints" / f"ret_t{task}.pt"))
+    record = content["tasks"][task]
+    items, targets = (data_loader.Vocabulary.from_tensor(each) for each in (content["items"], record["targets"]))
+    data = data_loader.load_examples(record["data_path"], 0.2, items, targets)
+    assert Path(record["data_path"]).parent == copy / "Data" / "Session"
+    if record["metric"] == "accuracy":
+        assert len(targets) == 1 + 8
+        inputs, wanted = data.batch(data.splits["test"])
+        with torch.no_grad():
+            scores = checkpoint.build_model(content).scores(inputs, Reading(task, "inference"))
+        right = (scores[:, 1:].argmax(dim=1) + 1 == wanted).double().mean().item()
+        assert record["results"]["ret"]["test"] == {"accuracy": right, "n": len(wanted)}
