@@ -20,6 +20,7 @@ method, task and seed) and baselines.md (mean and standard deviation over the se
 """
 
 import hashlib
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -347,23 +348,26 @@ def forgetting_table(table: pd.DataFrame) -> list[str]:
     return lines
 
 
+def compare(hp: Hyperparameters, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of the comparison and of the forgetting table with one seed."""
+    runs, scores, forgotten = Comparison(hp, seed), [], []
+    for method in [hp.only] if hp.only else [*METHODS, "popular"]:
+        print(f"seed {seed}: {method}", flush=True)
+        if method == "popular":
+            scores += runs.popular()
+            continue
+        for step in METHODS[method]():
+            runs.run(step)
+        scores += runs.rows(method)
+        if method in ("Conure", "SinMoAll"):
+            forgotten += runs.forgetting(method)
+    return scores, forgotten
+
+
 def main(hp: Hyperparameters) -> None:
     if hp.only and hp.only not in [*METHODS, "popular"]:
         raise InputError(f"--only {hp.only} is none of {', '.join([*METHODS, 'popular'])}")
-    methods = [hp.only] if hp.only else [*METHODS, "popular"]
-    scores, forgotten = [], []
-    for seed in range(hp.first_seed, hp.first_seed + hp.seeds):
-        runs = Comparison(hp, seed)
-        for method in methods:
-            print(f"seed {seed}: {method}", flush=True)
-            if method == "popular":
-                scores += runs.popular()
-                continue
-            for step in METHODS[method]():
-                runs.run(step)
-            scores += runs.rows(method)
-            if method in ("Conure", "SinMoAll"):
-                forgotten += runs.forgetting(method)
+    scores, forgotten = map(list, map(itertools.chain.from_iterable, zip(*study.over_seeds(hp, compare))))
     table = pd.DataFrame(scores)
     lines = [f"Test scores, mean ± standard deviation over {hp.seeds} seeds.", "", *comparison(table)]
     if forgotten:

@@ -136,15 +136,18 @@ def plot(table: pd.DataFrame, path: str) -> None:
     print(f"wrote {path}")
 
 
+def learn(hp: Hyperparameters, seed: int) -> list[dict[str, Any]]:
+    """The rows of all prune ratios with one seed."""
+    runs, rows = Capacity(hp, seed), []
+    parts = runs.parts(max(hp.depths) - 1)
+    for percent in hp.percents:
+        print(f"seed {seed}: prune ratio {percent / 100:g}", flush=True)
+        rows += runs.model(percent, parts)
+    return rows
+
+
 def main(hp: Hyperparameters) -> None:
-    rows = []
-    for seed in range(hp.first_seed, hp.first_seed + hp.seeds):
-        runs = Capacity(hp, seed)
-        parts = runs.parts(max(hp.depths) - 1)
-        for percent in hp.percents:
-            print(f"seed {seed}: prune ratio {percent / 100:g}", flush=True)
-            rows += runs.model(percent, parts)
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(itertools.chain.from_iterable(study.over_seeds(hp, learn)))
     with whole_file(os.path.join(hp.output_dir, "capacity.csv")) as file:
         table.to_csv(file, index=False)
     print(table.to_string(index=False))

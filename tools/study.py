@@ -2,13 +2,18 @@
 
 import contextlib
 import importlib
+import multiprocessing
 import os
+import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import settings  # isort: skip (before torch, whose threads it tells how to wait)
+
+import torch
 
 import data_loader
 import losses
@@ -17,6 +22,8 @@ from nextitnet import NextItNet
 from pruning import Reading
 from settings import NothingToDo
 from stage import Stage
+
+T = TypeVar("T")
 
 METRIC = {4: "accuracy"}  # of the tasks that are not scored by ranking, as in their scripts
 
@@ -106,3 +113,21 @@ class Study:
             if network is NextItNet and reading.stage == "tp":
                 run.prune()
             run.save()
+
+
+def over_seeds(hp: Settings, one_seed: Callable[[Settings, int], T]) -> list[T]:
+    """one_seed(hp, seed) for every seed, in as many processes at a time as there are cores.
+
+    They have one thread each, as a second one gains nothing at these sizes.
+    """
+    seeds = [(hp, seed) for seed in range(hp.first_seed, hp.first_seed + hp.seeds)]
+    workers = min(len(seeds), len(os.sched_getaffinity(0)))
+    if workers == 1:
+        return [one_seed(*each) for each in seeds]
+    with multiprocessing.get_context("spawn").Pool(workers, start_worker) as pool:  # whose end is theirs
+        return pool.starmap(one_seed, seeds, chunksize=1)
+
+
+def start_worker() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the process that started it answers
