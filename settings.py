@@ -30,9 +30,17 @@ class NothingToDo(Exception):
 
 
 # The types of fields, and what their values look like on the command line.
-KINDS = {str: "TEXT", int: "INT", float: "NUMBER", bool: "true|false", tuple[int, ...]: "INT,INT,…"}
+KINDS = {
+    str: "TEXT",
+    int: "INT",
+    float: "NUMBER",
+    bool: "true|false",
+    tuple[int, ...]: "INT,INT,…",
+    tuple[str, ...]: "TEXT",  # one a flag; the flag may be given several times
+}
 
-# What a value must satisfy, by field name, and how to say so.
+# What a value must satisfy, by field name, and how to say so. `task` and `users` are numbers in some blocks and texts,
+# which may be anything, in others.
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "device": (lambda v: v in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
     "precision": (lambda v: v in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
@@ -56,7 +64,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "loss": (lambda v: v in ("softmax", "bpr", "bce"), "softmax, bpr or bce"),
     "split": (lambda v: v in ("test", "validation", "heldout"), "test, validation or heldout"),
     "length": (lambda v: v >= 2, "at least 2"),
-    "task": (lambda v: 1 <= v <= 255, "from 1 to 255"),
+    "task": (lambda v: isinstance(v, tuple) or 1 <= v <= 255, "from 1 to 255"),
     "items": (lambda v: v >= 3, "at least 3"),
     "targets": (lambda v: v >= 3, "at least 3"),
     "rows": (lambda v: v >= 10, "at least 10"),
@@ -66,8 +74,9 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "percents": (lambda v: 1 <= min(v) and max(v) <= 99, "whole numbers from 1 to 99, such as 50,70"),
     "depths": (lambda v: min(v) >= 1, "whole numbers from 1, such as 1,3,6"),
     "seeds": (lambda v: v >= 1, "at least 1"),
-    "users": (lambda v: v >= 1, "at least 1"),
-    "history": (lambda v: 0 < v < 1, "between 0 and 1"),
+    "users": (lambda v: isinstance(v, str) or v >= 1, "at least 1"),
+    "history": (lambda v: 0 < v <= 1, "above 0 and at most 1: a share of each user's rows"),
+    "min_rows": (lambda v: v >= 1, "at least 1"),
     "rho": (lambda v: 0 < v < float("inf"), "above 0"),
     "l2": (lambda v: 0 <= v < float("inf"), "0 or more"),
 }
@@ -78,19 +87,21 @@ def ours(value: Any, original: Any) -> Any:
     return dataclasses.field(default=value, metadata={"original": original})
 
 
-def parse(text: str, kind: type) -> Any:
-    """`text` as a value of the field type `kind`, one of KINDS; ValueError if it is none."""
+def parse(text: str | list[str], kind: type) -> Any:
+    """`text` (several for tuple[str, ...]) as a value of the field type `kind`, one of KINDS; ValueError if it is none."""
     if kind is bool:
         return ("false", "true").index(text.lower()) == 1
     if kind == tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
-    return kind(text)
+    return tuple(text) if kind == tuple[str, ...] else kind(text)
 
 
 def is_of(value: Any, kind: type) -> bool:
     """Whether a field's value is of its type; a whole number may stand for a float."""
     if kind == tuple[int, ...]:
         return isinstance(value, tuple) and len(value) > 0 and all(type(part) is int for part in value)
+    if kind == tuple[str, ...]:
+        return isinstance(value, tuple) and all(type(part) is str for part in value)
     return type(value) is kind or (kind is float and type(value) is int)
 
 
@@ -115,15 +126,16 @@ def from_command_line(block: type, about: str, arguments: list[str] | None = Non
         allow_abbrev=False,
     )
     kinds, help_texts = get_type_hints(block), comments(block)
+    forms = {bool: dict(nargs="?", const="true"), tuple[str, ...]: dict(action="append")}  # `--overwrite` means true
     for field in dataclasses.fields(block):
-        default = f" [{printable(field.default)}]" if field.default != "" else ""
+        default = f" [{printable(field.default)}]" if field.default not in ("", ()) else ""
         if "original" in field.metadata:
             default = f"{default.removesuffix(']')}; the original: {printable(field.metadata['original'])}]"
         parser.add_argument(
             f"--{field.name}",
             metavar=KINDS[kinds[field.name]],
             help=(help_texts.get(field.name, "") + default).replace("%", "%%"),
-            **(dict(nargs="?", const="true") if kinds[field.name] is bool else {}),  # `--overwrite` means true
+            **forms.get(kinds[field.name], {}),
         )
     values = {}
     for name, text in vars(parser.parse_args(arguments)).items():

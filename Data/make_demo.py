@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import settings
-from Data.task_files import write_task_files
+from Data.task_files import SCRIPTS, file_of, print_next_steps, write_files
 
 
 @dataclass
@@ -68,7 +68,7 @@ def targets(random: np.random.Generator, tastes: np.ndarray, kind: str, most: in
 
 
 def main(hp: Hyperparameters) -> None:
-    files = {"pretrain": [], "finetune_click_nouserID": [], "finetune_like_nouserID": [], "gender": [], "age": []}
+    files = {name: [] for name in (*SCRIPTS, "age")}
     random = np.random.default_rng(hp.seed)
     (random_age,) = random.spawn(1)
     for _ in range(hp.users):
@@ -76,14 +76,17 @@ def main(hp: Hyperparameters) -> None:
         items = sequence(random, tastes, int(random.integers(max(1, hp.length // 3), hp.length + 1)))
         line = ",".join(["0"] * (hp.length - len(items)) + [str(item) for item in items])
         files["pretrain"].append(line)
-        files["finetune_click_nouserID"].append(f"{line},,{','.join(targets(random, tastes, 'clicks', 4))}")
+        files["click"].append(f"{line},,{','.join(targets(random, tastes, 'clicks', 4))}")
         if random.random() < 0.5:
-            files["finetune_like_nouserID"].append(f"{line},,{','.join(targets(random, tastes, 'likes', 3))}")
+            files["like"].append(f"{line},,{','.join(targets(random, tastes, 'likes', 3))}")
         faithful = random.random() < FAITHFUL
         files["gender"].append(f"{line},,{1 if (tastes[0] < TASTES // 2) == faithful else 2}")
         decade = tastes[0] if random_age.random() < FAITHFUL else random_age.integers(TASTES)
         files["age"].append(f"{line},,{10 + 10 * decade}")
-    write_task_files(hp.output_dir, files, hp.overwrite)
+    write_files(hp.output_dir, {file_of(name): lines for name, lines in files.items()}, hp.overwrite)
+    for name, lines in files.items():
+        print(f"wrote {Path(hp.output_dir) / file_of(name)}: {len(lines):,} lines")
+    print_next_steps(hp.output_dir, list(files))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""Files → ids → examples; negative samplers; the makers of data."""
+"""Files → ids → examples; negative samplers."""
 
-import gzip
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
 import data_loader
 import samplers
@@ -17,8 +15,6 @@ from data_loader import Vocabulary
 from files import load_sealed, save_sealed
 from samplers import LogUniformSampler, TargetSampler
 from settings import InputError
-
-MOVIELENS = ROOT.parent / "shared" / "data"
 
 
 def sequences(tmp_path: Path, content: str | bytes, **arguments) -> data_loader.TaskData:
@@ -231,35 +227,3 @@ def test_padding_that_task_1_never_saw_is_counted_as_unknown(tmp_path):
 def test_a_sampler_that_draws_almost_nothing_else_still_ends():
     sampler = TargetSampler(np.array([1 - 1e-12, 1e-12]))
     assert (sampler.draw(torch.ones(100, dtype=torch.int64), torch.Generator().manual_seed(1)) == 2).all()
-
-
-@pytest.mark.skipif(not MOVIELENS.exists(), reason="the MovieLens data is not in ../shared/data")
-def test_from_movielens_makes_the_files_line_for_line(tmp_path, run_here):
-    source = MOVIELENS / "ml-1m-half"
-    arguments = ("Data/from_movielens.py", "--movielens_dir", str(source), "--output_dir", str(tmp_path))
-    assert run_here(*arguments)[0] == 0
-    expected = sorted((MOVIELENS / "ml-1m-half-conure").glob("*.csv"))
-    assert len(expected) == 5
-    for path in expected:
-        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
-    code, _, error = run_here(*arguments)
-    assert code == 2 and "--overwrite" in error
-
-
-def test_from_movielens_reads_the_csv_form_and_half_stars(tmp_path, run_here):
-    ratings = ["userId,movieId,rating,timestamp"]
-    ratings += [f"{user},{movie},{rating},{time}" for user in (2, 1) for time, (movie, rating) in enumerate(
-        [(10, 3.0), (20, 1.0), (30, 2.5), (40, 4.0), (50, 4.5), (60, 5.0)])]  # fmt: skip
-    source, target = tmp_path / "ml-latest", tmp_path / "out"
-    os.mkdir(source)
-    with gzip.open(source / "ratings.csv.gz", "wt") as file:
-        file.write("\n".join(ratings))
-    flags = ["--movielens_dir", str(source), "--output_dir", str(target), "--length", "4", "--history", "0.5"]
-    code, output, _ = run_here("Data/from_movielens.py", *flags)
-    assert code == 0 and "no task 4" in output
-    written = {path.name.split("_")[-2 if "nouser" in path.name else -1]: path.read_text() for path in target.iterdir()}
-    assert written == {
-        "pretrain.csv": "0,10,20,30\n" * 2,
-        "click": "0,10,20,30,,40,50\n" * 2,
-        "like": "0,10,20,30,,60\n" * 2,
-    }

@@ -1,0 +1,303 @@
+"""Makes the task files from a table of interactions: a user, an item and mostly a time in each row.
+
+Each user's rows are put in order; the first part is the history, whose last items are the sequence. Further tasks are
+about what the user did after that, in this table or in another one, or about what is known of the user. Nothing in a
+sequence is later than what is to be predicted from it. Data/README.md has a line for each of the usual data sets.
+
+READS  --interactions, --users, and the tables that --task names: .csv, .tsv, .inter, .user, .dat, .gz of them, .parquet
+WRITES original_desen_pretrain.csv                    task 1: the sequence
+       original_desen_finetune_click_nouserID.csv     --task "click=…": the sequence, then the targets
+       original_desen_finetune_like_nouserID.csv      --task "like=…"
+       original_desen_NAME.csv                        --task "NAME=…"
+       users.csv, users_NAME.csv                      the user of each line of these
+NEXT   python conure_tp_t1.py
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import settings
+from Data import tables
+from Data.task_files import file_of, print_next_steps, refuse_what_is_there, write_files
+from data_loader import PADDING
+from settings import InputError
+from ttl_format import MAX_LINE_TOKENS
+
+
+@dataclass
+class Hyperparameters:
+    interactions: str = ""  # table with a user and an item in each row
+    user: str = "user_id"  # its column of users, and that of all other tables
+    item: str = "item_id"  # its column of items
+    order: str = "timestamp"  # its columns to order a user's rows by, such as time,item; "": as they stand in the file
+    columns: str = ""  # names of its columns, such as user,item,rating,time; "": the first line names them
+    where: str = ""  # rows that task 1 uses, such as "rating >= 4"; "": all
+    users: str = ""  # table with what is known of the users, for tasks NAME=users.COLUMN
+    users_columns: str = ""  # names of its columns; "": the first line names them
+    task: tuple[str, ...] = ()  # "NAME=SOURCE where CONDITION", for each further task: later, a table or users.COLUMN
+    history: float = 0.8  # share of a user's rows, in order, that the sequence is taken from
+    length: int = 50  # items in a sequence; shorter histories are padded on the left with 0
+    min_rows: int = 5  # users with fewer rows are left out
+    output_dir: str = "Data/Session"  # where the task files go
+    overwrite: bool = False  # replace task files that are there already
+
+
+ITEM_0 = "item_0"  # what the item of that name is called in the task files, where 0 is padding
+COLUMNS_HINT = 'name yours with --user, --item and --order (--order "": as in the file), or all of them with --columns'
+
+
+@dataclass
+class Task:
+    """A task as --task describes it."""
+
+    name: str
+    source: str  # later, users.COLUMN or the path of a table
+    condition: str  # "": all rows
+
+
+@dataclass
+class Rows:
+    """Rows of a table, user after user and each user's in order."""
+
+    lines: np.ndarray  # (n,) the user's place in `Histories.users`
+    places: np.ndarray  # (n,) where they stand in the table
+
+
+@dataclass
+class Histories:
+    """What all tasks go by; U users, in the order of the lines."""
+
+    users: pd.Index  # (U,) their ids
+    lengths: np.ndarray  # (U,) items in the sequence
+    sequences: list[str]  # (U,) padded on the left
+    ends: list[np.ndarray]  # (U,) each: the place in the order where the sequence ends
+    items: int  # distinct ones in all sequences
+    later: Rows  # of the table of interactions, after the histories
+
+
+@dataclass
+class TaskFile:
+    """What one file holds besides the sequences, and what is reported of it."""
+
+    name: str
+    users: np.ndarray  # (lines,) places in `Histories.users`
+    targets: list[str]  # (lines,) texts behind the sequence; none for task 1
+    rows: int  # items in the sequences, or targets
+    distinct: int  # of these
+
+
+def task_of(text: str) -> Task:
+    match = re.fullmatch(r"\s*(\w+)\s*=\s*(.+?)(?:\s+where\s+(.+?))?\s*", text, re.ASCII | re.DOTALL)
+    if not match:
+        raise InputError(f'--task {text!r} is not of the form "NAME=SOURCE" or "NAME=SOURCE where CONDITION"')
+    return Task(match[1], match[2], match[3] or "")
+
+
+def check_tasks(hp: Hyperparameters, tasks: list[Task]) -> None:
+    files = [file_of("pretrain")]
+    for task in tasks:
+        if file_of(task.name) in files:
+            raise InputError(f"--task {task.name}=…: {file_of(task.name)} is taken: give it another name")
+        files.append(file_of(task.name))
+        if task.source.startswith("users."):
+            if not hp.users:
+                raise InputError(f"--task {task.name}={task.source} needs the table of users: give --users")
+        elif task.source == "later":
+            if hp.history == 1:
+                raise InputError(f"--task {task.name}=later: with --history 1 no row is later than the sequence")
+        elif Path(task.source).resolve() == Path(hp.interactions).resolve():
+            raise InputError(f"--task {task.name}={task.source} is --interactions itself: write {task.name}=later")
+
+
+def read_interactions(hp: Hyperparameters, path: str, conditions: list[str]) -> tables.Table:
+    """A table of interactions, in which no item is called as padding is."""
+    order = [name.strip() for name in hp.order.split(",")] if hp.order else []
+    table = tables.read(path, hp.columns, (hp.user, hp.item), order, conditions, COLUMNS_HINT)
+    if table.left_out:
+        print(f"{path}: {table.left_out:,} rows lack a value of {', '.join((hp.user, hp.item, *order))}: left out")
+    items = table.tokens[hp.item]
+    if ITEM_0 in items.categories:
+        raise InputError(f"{path} has an item {ITEM_0}, as item 0 is called in the task files: name it otherwise")
+    if PADDING in items.categories:
+        table.tokens[hp.item] = items.rename_categories({PADDING: ITEM_0})
+        print(f"{path}: item {PADDING}, which is padding in the task files, is called {ITEM_0} there")
+    return table
+
+
+def sorted_by(lines: np.ndarray, order: list[np.ndarray]) -> np.ndarray:
+    """The places (n,) of rows when users follow each other; what ties stays as it was."""
+    return np.lexsort((*reversed(order), lines)) if order else np.argsort(lines, kind="stable")
+
+
+def histories_of(hp: Hyperparameters, table: tables.Table) -> Histories:
+    column = table.tokens[hp.user]
+    if not len(column):
+        raise InputError(f"{hp.interactions} has no row with a user and an item: is it the right table?")
+    # Shorter ids first, so that numbers are in the order of numbers, however the rows of the table are shuffled.
+    ids = pd.Index(sorted(column.categories, key=lambda id: (len(id), id)))
+    lines = ids.get_indexer(column.categories).astype(np.int32)[column.codes]
+    places = sorted_by(lines, table.order)
+    lines, used = lines[places], table.meets[hp.where][places]
+    starts = np.searchsorted(lines, np.arange(len(ids)))
+    before = np.cumsum(used) - used  # rows that task 1 uses before each row, ...
+    before -= before[np.minimum(starts, len(lines) - 1)][lines]  # ... of the same user
+    rows = np.bincount(lines, weights=used, minlength=len(ids)).astype(np.int64)
+    kept = np.where(rows < hp.min_rows, 0, (rows * hp.history).astype(np.int64))
+    chosen = kept > 0
+    print_left_out(hp, rows, chosen)
+    line_of = np.cumsum(chosen) - 1
+    kept = kept[lines]
+    in_sequence = used & (before < kept) & (before >= kept - hp.length)
+    last = places[used & (before == kept - 1)]
+    later = (before >= kept) & (kept > 0)
+    sequence = Rows(line_of[lines[in_sequence]], places[in_sequence])
+    lengths = np.bincount(sequence.lines)
+    padding = [f"{PADDING}," * (hp.length - length) for length in lengths.tolist()]
+    items = table.tokens[hp.item]
+    return Histories(
+        users=ids[chosen],
+        lengths=lengths,
+        sequences=list(map(str.__add__, padding, joined(items, sequence))),
+        ends=[values[last] for values in table.order],
+        items=len(np.unique(items.codes[sequence.places])),
+        later=Rows(line_of[lines[later]], places[later]),
+    )
+
+
+def print_left_out(hp: Hyperparameters, rows: np.ndarray, chosen: np.ndarray) -> None:
+    """`rows` (U,) that task 1 uses, `chosen` (U,) bool: who has a sequence; InputError if nobody has."""
+    of_task_1 = f" where {hp.where}" if hp.where else ""
+    reason = f"fewer than {hp.min_rows} rows{of_task_1}, or none before the cut"
+    if not chosen.any():
+        raise InputError(f"{hp.interactions}: no user is left, all have {reason}: see --min_rows, --history, --where")
+    if not chosen.all():
+        print(f"{np.count_nonzero(~chosen):,} of {len(rows):,} users are left out: {reason}")
+
+
+def joined(tokens: pd.Categorical, rows: Rows) -> list[str]:
+    """The tokens of each user who has rows, with commas between."""
+    texts = tokens.categories.to_numpy(object)[tokens.codes[rows.places]].tolist()
+    ends = np.append(np.flatnonzero(np.diff(rows.lines)) + 1, len(texts)).tolist()
+    return [",".join(texts[start:end]) for start, end in zip([0, *ends], ends)]
+
+
+def rows_of_table(hp: Hyperparameters, task: Task, histories: Histories) -> tuple[pd.Categorical, Rows]:
+    """Items of another table: of users with a sequence, and, if there is an order, after the end of theirs."""
+    table = read_interactions(hp, task.source, [task.condition])
+    lines, chosen = lines_of(table, hp.user, task, histories)
+    tied = chosen.copy()
+    after = np.zeros(len(lines), bool)
+    for end, values in zip(histories.ends, table.order):
+        if (end.dtype.kind == "M") != (values.dtype.kind == "M"):
+            raise InputError(f"of {task.source} and {hp.interactions} one is ordered by dates, the other by numbers")
+        after |= tied & (values > end[lines])
+        tied &= values == end[lines]
+    places = np.flatnonzero(after if table.order else chosen)
+    places = places[sorted_by(lines[places], [values[places] for values in table.order])]
+    return table.tokens[hp.item], Rows(lines[places], places)
+
+
+def classes_of_users(hp: Hyperparameters, task: Task, histories: Histories) -> tuple[pd.Categorical, Rows]:
+    """One class a user; who has none, or several, is left out."""
+    name = task.source.removeprefix("users.")
+    hint = "name yours with --user, or all of them with --users_columns"
+    table = tables.read(hp.users, hp.users_columns, (hp.user, name), [], [task.condition], hint)
+    lines, chosen = lines_of(table, hp.user, task, histories)
+    classes = table.tokens[name]
+    found = pd.DataFrame({"line": lines, "class": classes.codes})[chosen].drop_duplicates()
+    several = found["line"].duplicated(keep=False)
+    if several.any():
+        count = found["line"][several].nunique()
+        print(f"{hp.users}: {count:,} users have more than one {name}: left out of task {task.name}")
+    found = found[~several].sort_values("line")
+    return classes, Rows(found["line"].to_numpy(), found.index.to_numpy())
+
+
+def lines_of(table: tables.Table, user: str, task: Task, histories: Histories) -> tuple[np.ndarray, np.ndarray]:
+    """The user's place in `Histories.users`, -1 for nobody there, and whether the task uses the row, (n,) each."""
+    column = table.tokens[user]
+    lines = np.append(histories.users.get_indexer(column.categories), -1)[column.codes]
+    return lines, (lines >= 0) & table.meets[task.condition]
+
+
+def file_of_task(hp: Hyperparameters, task: Task, table: tables.Table, histories: Histories) -> TaskFile:
+    if task.source.startswith("users."):
+        tokens, rows = classes_of_users(hp, task, histories)
+    elif task.source == "later":
+        met = table.meets[task.condition][histories.later.places]
+        tokens, rows = table.tokens[hp.item], Rows(histories.later.lines[met], histories.later.places[met])
+    else:
+        tokens, rows = rows_of_table(hp, task, histories)
+    distinct = len(np.unique(tokens.codes[rows.places]))
+    if distinct < 2:
+        wanted = f"{task.name}={task.source}" + (f" where {task.condition}" if task.condition else "")
+        found = "nothing is left to predict" if distinct == 0 else "there is one target only, nothing to tell apart"
+        raise InputError(f"--task {wanted!r}: for the {len(histories.users):,} users of task 1 {found}")
+    # A line holds so many tokens besides the sequence and the empty one between its two commas, so that a user's very
+    # many targets take several lines with the same sequence.
+    room = MAX_LINE_TOKENS - hp.length - 1
+    first = np.searchsorted(rows.lines, rows.lines)  # where the user's rows begin
+    line = rows.lines * len(rows.lines) + (np.arange(len(rows.lines)) - first) // room
+    users = rows.lines[np.flatnonzero(np.diff(line, prepend=-1))]
+    return TaskFile(task.name, users, joined(tokens, Rows(line, rows.places)), len(line), distinct)
+
+
+def written(files: list[TaskFile], histories: Histories) -> dict[str, Iterator[str]]:
+    """The lines of each file, by its name; they are put together when they are written."""
+
+    def lines(file: TaskFile) -> Iterator[str]:
+        return (f"{histories.sequences[user]},,{targets}" for user, targets in zip(file.users, file.targets))
+
+    def users(file: TaskFile) -> Iterator[str]:
+        return iter(histories.users[file.users])
+
+    first, *others = files
+    contents = {file_of(first.name): iter(histories.sequences)} | {file_of(file.name): lines(file) for file in others}
+    return contents | {users_of(file.name): users(file) for file in files}
+
+
+def users_of(name: str) -> str:
+    return "users.csv" if name == "pretrain" else f"users_{name}.csv"
+
+
+def print_files(files: list[TaskFile], lengths: np.ndarray) -> None:
+    """`lengths` (U,): items in the sequence of each user."""
+    names = [file_of(file.name).removeprefix("original_desen_") for file in files]
+    width = max(16, *map(len, names))
+    print(f"\n   original_desen_…{'':{width - 16}}      users       rows  distinct  median  longest")
+    for task, (name, file) in enumerate(zip(names, files), 1):
+        items = lengths[np.unique(file.users)]
+        print(f"{task:2} {name:{width}} {len(items):10,} {file.rows:10,} {file.distinct:9,}"
+              f" {np.median(items):7g} {items.max():8}")  # fmt: skip
+    print("rows: items of the sequences, or targets; median, longest: items in a sequence\n")
+
+
+def main(hp: Hyperparameters) -> None:
+    if not hp.interactions:
+        raise InputError("there is no table to start from: give --interactions FILE (--help lists the flags)")
+    if hp.length > MAX_LINE_TOKENS - 2:
+        raise InputError(f"--length {hp.length} makes no sense: a line of a task file holds {MAX_LINE_TOKENS:,} tokens")
+    tasks = [task_of(text) for text in hp.task]
+    check_tasks(hp, tasks)
+    names = ["pretrain", *(task.name for task in tasks)]
+    refuse_what_is_there(hp.output_dir, [*map(file_of, names), *map(users_of, names)], hp.overwrite)
+
+    conditions = [task.condition for task in tasks if task.source == "later"]
+    table = read_interactions(hp, hp.interactions, [hp.where, *conditions])
+    histories = histories_of(hp, table)
+    files = [TaskFile("pretrain", np.arange(len(histories.users)), [], int(histories.lengths.sum()), histories.items)]
+    files += [file_of_task(hp, task, table, histories) for task in tasks]
+    write_files(hp.output_dir, written(files, histories), hp.overwrite)
+    print_files(files, histories.lengths)
+    print_next_steps(hp.output_dir, names)
+
+
+if __name__ == "__main__":
+    settings.run(main, Hyperparameters, __doc__)

@@ -1,0 +1,350 @@
+"""Tables of interactions → task files: Data/from_interactions.py."""
+
+import gzip
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+import data_loader
+from Data.task_files import file_of, print_next_steps
+
+SCRIPT = "Data/from_interactions.py"
+MOVIELENS = ROOT.parent / "shared" / "data"
+COLUMNS = ["--columns", "user,item,rating,time", "--user", "user", "--item", "item", "--order", "time,item"]
+RATED = ["--task", "click=later where rating >= 4 and rating < 5", "--task", "like=later where rating >= 5"]
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch, run_here):
+    """Writes tables into the working folder, runs the script there, and returns what it printed and what it wrote."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(tables: dict[str, str], *flags: str) -> tuple[str, dict[str, list[str]]]:
+        for name, content in tables.items():
+            Path(name).write_text(content)
+        first = next(iter(tables))
+        code, printed, error = run_here(SCRIPT, "--interactions", first, *flags, "--output_dir", "out", "--overwrite")
+        assert code == 0, error
+        shown = {path.name: path.read_text().splitlines() for path in Path("out").iterdir()}
+        return printed, {short(name): lines for name, lines in shown.items()}
+
+    return run
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, run_here):
+    """As `make`, but what it is given is refused; returns the error, which is one line, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(tables: dict[str, str | bytes], *flags: str) -> str:
+        for name, content in tables.items():
+            Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
+        first = next(iter(tables), "none.csv")
+        code, _, error = run_here(SCRIPT, "--interactions", first, *flags, "--output_dir", "out")
+        assert code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+        assert not Path("out").exists()
+        return error
+
+    return run
+
+
+def short(file_name: str) -> str:
+    return re.sub(r"original_desen_|finetune_|_nouserID|\.csv$", "", file_name)
+
+
+def table(rows: list[tuple], header: str = "user_id,item_id,timestamp") -> str:
+    return "\n".join([header, *(",".join(map(str, row)) for row in rows)]) + "\n"
+
+
+def days(users: str = "ab", count: int = 10) -> list[tuple]:
+    """Each user's items, named by user and time, oldest first."""
+    return [(user, f"{user}{time}", time) for user in users for time in range(count)]
+
+
+@pytest.mark.skipif(not MOVIELENS.exists(), reason="the MovieLens data is not in ../shared/data")
+def test_movielens_gives_the_files_of_the_results_byte_for_byte(tmp_path, run_here):
+    source = MOVIELENS / "ml-1m-half"
+    users = ["--users", str(source / "users.dat"), "--users_columns", "user,gender,age,occupation,zip"]
+    tasks = [*RATED, "--task", "gender=users.gender", "--task", "age=users.age"]
+    arguments = [SCRIPT, "--interactions", str(source / "ratings.dat.gz"), *COLUMNS, *users, *tasks]
+    code, printed, error = run_here(*arguments, "--output_dir", str(tmp_path))
+    assert code == 0, error
+    expected = sorted((MOVIELENS / "ml-1m-half-conure").glob("*.csv"))
+    assert len(expected) == 5
+    for path in expected:
+        made = (tmp_path / path.name).read_bytes()
+        if "gender" in path.name:
+            made = made.replace(b",,M\n", b",,1\n").replace(b",,F\n", b",,2\n")
+        assert made == path.read_bytes(), path.name
+    code, _, error = run_here(*arguments, "--output_dir", str(tmp_path))
+    assert code == 2 and "--overwrite" in error
+
+
+def test_a_gzipped_csv_with_half_stars(tmp_path, run_here):
+    ratings = ["userId,movieId,rating,timestamp"]
+    ratings += [f"{user},{movie},{rating},{time}" for user in (2, 1) for time, (movie, rating) in enumerate(
+        [(10, 3.0), (20, 1.0), (30, 2.5), (40, 4.0), (50, 4.5), (60, 5.0), (70, 5.0)])]  # fmt: skip
+    with gzip.open(tmp_path / "ratings.csv.gz", "wt") as file:
+        file.write("\n".join(ratings))
+    flags = ["--interactions", str(tmp_path / "ratings.csv.gz"), "--user", "userId", "--item", "movieId"]
+    flags += ["--length", "4", "--history", "0.5", "--output_dir", str(tmp_path / "out")]
+    code, _, error = run_here(SCRIPT, *flags, *RATED)
+    assert code == 0, error
+    assert {short(path.name): path.read_text() for path in (tmp_path / "out").iterdir()} == {
+        "pretrain": "0,10,20,30\n" * 2,
+        "click": "0,10,20,30,,40,50\n" * 2,
+        "like": "0,10,20,30,,60,70\n" * 2,
+        "users": "1\n2\n",
+        "users_click": "1\n2\n",
+        "users_like": "1\n2\n",
+    }
+
+
+def test_nothing_after_the_cut_is_in_a_sequence_however_the_rows_are_shuffled(make):
+    random = np.random.default_rng(3)
+    times = random.permutation(4000)
+    rows = [(user, f"i{time}", time, int(random.random() < 0.7))
+            for user, time in zip(random.integers(0, 40, 4000).tolist(), times.tolist())]  # fmt: skip
+    header, flags = "user_id,item_id,timestamp,seen", ["--where", "seen == 1", "--task", "click=later", "--length", "9"]
+    _, first = make({"rows.csv": table(rows, header)}, *flags)
+    random.shuffle(rows)
+    _, shuffled = make({"rows.csv": table(rows, header)}, *flags)
+    assert first == shuffled and len(first["pretrain"]) == 40
+    for user, line, later in zip(first["users"], first["pretrain"], first["click"], strict=True):
+        own = sorted((time, seen) for owner, _, time, seen in rows if owner == int(user))
+        seen = [time for time, seen in own if seen]
+        kept = seen[: int(len(seen) * 0.8)]
+        assert line == ",".join(f"i{time}" for time in kept[-9:])
+        assert later == f"{line},," + ",".join(f"i{time}" for time, _ in own if time > kept[-1])
+
+
+def test_of_another_table_counts_what_is_later_than_the_sequence(make):
+    other = [("a", "early", 6), ("b", "same", 7), ("a", "x", 9), ("nobody", "z", 99), ("b", "y", 8), ("a", "w", 8)]
+    tables = {"rows.csv": table(days()), "other.csv": table(other)}
+    _, files = make(tables, "--task", "shop=other.csv", "--length", "3")
+    assert files["shop"] == ["a5,a6,a7,,w,x", "b5,b6,b7,,y"]
+    _, files = make(tables, "--task", "shop=other.csv", "--length", "3", "--order", "")
+    assert files["shop"] == ["a5,a6,a7,,early,x,w", "b5,b6,b7,,same,y"], "without an order, all of it"
+
+
+def test_dates_are_later_across_tables_whatever_their_form(make):
+    dates = [("a", item, f"2024-01-{day:02}T12:00:00Z") for day, item in enumerate("vwxyz", 1)]
+    other = [("a", "before", "2024-01-04 10:00:00"), ("a", "one", "2024-01-04 14:00:00"), ("a", "two", "2024-01-05")]
+    _, files = make({"rows.csv": table(dates[::-1]), "other.csv": table(other)}, "--task", "shop=other.csv")
+    assert files["shop"][0].endswith(",0,v,w,x,y,,one,two")
+
+
+def test_rows_are_ordered_by_all_columns_named_and_ties_stay_as_they_were(make):
+    rows = [("a", item, day, hour) for item, day, hour in zip("54321", "12211", (12, 10, 9, 2, 2))]
+    tables = {"rows.csv": table(rows, "user_id,item_id,day,hour")}
+    last = {order: make(tables, "--history", "1", "--length", "5", "--order", order)[1]["pretrain"][0]
+            for order in ("day,hour", "day", "hour", "")}  # fmt: skip
+    assert last == {"day,hour": "2,1,5,3,4", "day": "5,2,1,4,3", "hour": "2,1,3,4,5", "": "5,4,3,2,1"}
+
+
+def test_ids_and_classes_keep_their_text_and_conditions_see_numbers(make):
+    rows = [(user, item, time, value) for user in ("007", "7", "1.0") for time, (item, value) in enumerate(
+        [("0042", ""), ("42", "5"), (" 1 ", "10"), ("1.0", "9"), ("0", "10"), ("0", "2"), ("42", "10")])]  # fmt: skip
+    users = "user_id,zip\n007,02134\n7,\n1.0,2134\n"
+    tables = {"rows.csv": table(rows, "user_id,item_id,timestamp,value"), "users.csv": users}
+    flags = ["--users", "users.csv", "--task", "many=later where value >= 10 or item_id == 42"]
+    flags += ["--task", "zip=users.zip where user_id < 100", "--history", "0.6", "--length", "5"]
+    printed, files = make(tables, *flags)
+    assert files["users"] == ["7", "007", "1.0"]
+    assert files["pretrain"] == ["0,0042,42,1,1.0"] * 3
+    assert files["many"] == ["0,0042,42,1,1.0,,item_0,42"] * 3
+    assert files["zip"] == ["0,0042,42,1,1.0,,02134", "0,0042,42,1,1.0,,2134"] and files["users_zip"] == ["007", "1.0"]
+    assert "item 0, which is padding in the task files, is called item_0" in printed
+
+
+def test_what_is_known_of_users(make):
+    known = "user_id,gender\na,0\na,1\nb,0\nc,2\nc,1\nd,2\nd,2\ne,\ne,1\n"
+    flags = ["--users", "users.csv", "--task", "gender=users.gender where gender != 0"]
+    printed, files = make({"rows.csv": table(days("abcdefg")), "users.csv": known}, *flags)
+    assert files["users_gender"] == ["a", "d", "e"] and [line[-3:] for line in files["gender"]] == [",,1", ",,2", ",,1"]
+    assert "1 users have more than one gender" in printed
+
+
+def test_what_is_left_out_is_counted(make):
+    rows = [*days("ab"), ("", "x", 1), ("a", "", 2), ("a", "z", ""), ("b", r"\N", 3), ("A", "few", 1)]
+    printed, files = make({"rows.csv": table(rows)}, "--history", "1", "--length", "3")
+    assert files["users"] == ["a", "b"] and files["pretrain"] == ["a7,a8,a9", "b7,b8,b9"]
+    assert "4 rows lack a value of user_id, item_id, timestamp" in printed and "1 of 3 users are left out" in printed
+
+
+def test_the_report_fits_and_tells_what_reads_each_file(make):
+    tasks = ("later=later", "click=later where timestamp > 8", "c=later", "d=later")
+    flags = [flag for task in tasks for flag in ("--task", task)]
+    printed, _ = make({"rows.csv": table([*days("abc"), *days("d", 5)])}, *flags, "--length", "3")
+    lines = printed.splitlines()
+    assert max(len(line) for line in lines if "data_path" not in line) <= 80
+    rows = {line.split()[1]: line.split()[2:] for line in lines if re.match(r" ?\d+ ", line)}
+    assert rows["pretrain.csv"] == ["4", "12", "12", "3", "3"]
+    assert rows["later.csv"] == ["4", "7", "7", "3", "3"] and rows["finetune_click_nouserID.csv"][:3] == ["3", "3", "3"]
+    path = Path("out") / file_of("later")
+    assert f"task 2, later: python conure_tp_t2.py --data_path {path}" in lines
+    assert 'task 5, d: see "Adding a task" in README.md' in lines
+    assert f"next: python conure_tp_t1.py --data_path {Path('out') / file_of('pretrain')}" in lines
+
+
+def test_files_where_the_scripts_look_are_not_named_again(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    print_next_steps("Data/Session", ["pretrain", "click", "gender", "like"])
+    assert capsys.readouterr().out.splitlines() == [
+        "next: python conure_tp_t1.py",
+        "task 2, click: python conure_tp_t2.py",
+        f"task 3, gender: python conure_tp_t3.py --data_path Data/Session/{file_of('gender')}",
+        f"task 4, like: python conure_tp_t4.py --data_path Data/Session/{file_of('like')}",
+    ]
+
+
+def test_very_many_targets_take_several_lines_that_the_scripts_can_read(make):
+    flags = ["--task", "click=later", "--history", "0.001", "--length", "20"]
+    _, files = make({"rows.csv": table(days("ab", 12_000))}, *flags)
+    assert files["users_click"] == ["a", "a", "b", "b"]
+    data = data_loader.load_examples(f"out/{file_of('click')}", 0.2, data_loader.Vocabulary(["<UNK>", "0"]))
+    assert len(data.targets) == 2 * (12_000 - 12)
+
+
+@pytest.mark.parametrize("separator, name", [(",", "t.csv"), ("\t", "t.tsv"), ("|", "t.dat"), ("::", "t.dat")])
+def test_separators(make, separator, name):
+    rows = [(user, f"x y{time}", time) for user in "ab" for time in range(10)]
+    content = table(rows).replace(",", separator)
+    expected = [",".join(f"x y{time}" for time in (6, 7, 8, 9))] * 2
+    assert make({name: content}, "--history", "1", "--length", "4")[1]["pretrain"] == expected
+    assert make({name: "\ufeff" + content}, "--history", "1", "--length", "4")[1]["pretrain"] == expected
+    bare = content.split("\n", 1)[1].replace("\n", "\r\n")
+    flags = ["--columns", "user_id,item_id,timestamp", "--history", "1", "--length", "4"]
+    assert make({name: bare}, *flags)[1]["pretrain"] == expected
+
+
+def test_parquet(make, tmp_path):
+    pytest.importorskip("pyarrow")
+    rows = pd.DataFrame(days(count=10), columns=["user_id", "item_id", "timestamp"])
+    rows["timestamp"] = pd.to_datetime(rows["timestamp"], unit="D")
+    rows["item_id"] = rows["timestamp"].dt.day.astype(float)
+    rows.loc[3, "item_id"] = np.nan
+    rows.sample(frac=1, random_state=1).to_parquet(tmp_path / "rows.parquet")
+    flags = ["--interactions", "rows.parquet", "--history", "1", "--length", "3", "--task", "gone=rows.csv"]
+    _, files = make({"rows.csv": "user_id,item_id,timestamp\na,1,2024-01-01\nb,2,2024-01-01\n"}, *flags)
+    assert files["pretrain"] == ["8,9,10"] * 2 and files["gone"] == ["8,9,10,,1", "8,9,10,,2"]
+
+
+def test_parquet_without_pyarrow_names_it(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert ".venv/bin/python -m pip install pyarrow" in refused({"rows.parquet": b"PAR1"})
+
+
+ROWS = {"rows.csv": table(days())}
+USERS = ROWS | {"users.csv": "user_id,age\na,1\nb,2\n"}
+
+
+@pytest.mark.parametrize(
+    "tables, flags, complaint",
+    [
+        ({}, [], "none.csv does not exist"),
+        (ROWS, ["--user", "userId"], "no column 'userId': it has user_id, item_id, timestamp; name yours with --user"),
+        (ROWS, ["--order", "time"], '(--order "": as in the file)'),
+        ({"rows.csv": "user_id,item_id,item_id\na,1,2\n"}, ["--order", ""], "more than one column 'item_id'"),
+        ({"rows.csv": "user_id\n1\n"}, [], "no tab, comma, | or ::"),
+        ({"rows.csv": b"user_id,item_id,timestamp\na,\xe9,1\n"}, [], "is not UTF-8 text"),
+        ({"rows.csv": "user_id,item_id,timestamp\n"}, [], "has no row with a user and an item"),
+        ({"rows.csv": "user_id,item_id,timestamp\na,b,1\na,b,c,2\n"}, [], "row 2: more than 3 values"),
+        ({"rows.csv": 'user_id,item_id,timestamp\na,b,1\na,"b,c",2\n'}, [], "row 2: item_id 'b,c' cannot stand"),
+        ({"rows.csv": "user_id,item_id,timestamp\n<UNK>,b,1\n"}, [], "row 1: user_id '<UNK>' cannot stand"),
+        ({"rows.csv": "user_id,item_id,timestamp\na,item_0,1\n"}, [], "has an item item_0"),
+        ({"rows.csv": "user_id,item_id,timestamp\na,b,1\na,c,May\n"}, [], "row 2: timestamp 'May' is neither a number"),
+        ({"rows.csv.gz": b"not gzip"}, [], "cannot be read as a table"),
+        (ROWS, ["--columns", "user_id,item_id,timestamp"], "begins with a line of names"),
+        (ROWS, ["--columns", "u,i"], "has 3 columns in its first line, but the names given are 2"),
+        (ROWS, ["--task", "click later"], "is not of the form"),
+        (ROWS, ["--task", "a-b=later"], "is not of the form"),
+        (ROWS, ["--task", "click=later", "--task", "click=later"], "is taken: give it another name"),
+        (ROWS, ["--task", "pretrain=later"], "is taken: give it another name"),
+        (ROWS, ["--task", "click=later", "--history", "1"], "with --history 1 no row is later"),
+        (ROWS, ["--task", "click=later where timestamp > 99"], "nothing is left to predict"),
+        (ROWS, ["--task", "click=later where item_id == 'a9'"], "one target only"),
+        (ROWS, ["--task", "click=later where stars > 3"], "name 'stars' is not defined (rows.csv has user_id, item_id"),
+        (ROWS, ["--task", "click=later where timestamp > (3"], "condition 'timestamp > (3'"),
+        (ROWS, ["--task", "click=later where timestamp = 3"], "is no comparison of columns"),
+        (ROWS, ["--task", "click=later where item_id > 3"], "condition 'item_id > 3'"),
+        (ROWS, ["--task", "click=rows.csv"], "is --interactions itself: write click=later"),
+        (ROWS, ["--task", "click=nowhere.csv"], "nowhere.csv does not exist"),
+        (ROWS, ["--task", "age=users.age"], "give --users"),
+        (USERS, ["--users", "users.csv", "--task", "sex=users.sex"], "no column 'sex': it has user_id, age"),
+        (ROWS | {"b.csv": table([("a", "x", "2024-01-01")])}, ["--task", "b=b.csv"], "one is ordered by dates"),
+        (ROWS, ["--min_rows", "11"], "no user is left"),
+        (ROWS, ["--where", "timestamp > 99"], "no user is left"),
+        (ROWS, ["--length", "9999"], "a line of a task file holds 10,000 tokens"),
+        (ROWS, ["--history", "1.5"], "--history 1.5 makes no sense"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_one_line(refused, tables, flags, complaint):
+    assert complaint in refused(tables, *flags)
+
+
+def small(header: str, row: str, separator: str = ",") -> str:
+    """Ten rows of each of six users; `row` is made of user, item, time and a rating from 1 to 5."""
+    lines = [row.format(user=user, item=user * 20 + time, time=time + 100, rating=1 + (user + time) % 5, one=time % 2)
+             for user in range(1, 7) for time in range(20)]  # fmt: skip
+    return "\n".join([header, *lines] if header else lines).replace(",", separator) + "\n"
+
+
+# The tables that the README's commands read, by the name that stands there.
+TABLES = {
+    "orders.csv": small("customer,article,date,price", "{user},{item},2024-01-01 00:00:00.{time},9"),
+    "returns.csv": small("customer,article,date,pieces", "{user},{item},2025-01-01,{rating}"),
+    "customers.csv": "customer,region\n1,north\n2,south\n3,\n4,north\n5,south\n6,east\n",
+    "ml-1m/ratings.dat": small("", "{user},{item},{rating},{time}", "::"),
+    "ml-1m/users.dat": "".join(f"{user}::{'FM'[user % 2]}::{25 * (1 + user % 2)}::10::48067\n" for user in range(1, 7)),
+    "ml-100k/u.data": small("", "{user},{item},{rating},{time}", "\t"),
+    "ml-100k/u.user": "".join(f"{u}|24|{'FM'[u % 2]}|{('artist', 'other')[u % 2]}|85711\n" for u in range(1, 7)),
+    "ml-25m/ratings.csv": small("userId,movieId,rating,timestamp", "{user},{item},{rating}.0,{time}"),
+    "QB-video.csv": small(
+        "user_id,item_id,click,follow,like,share,video_category,watching_times,gender,age",
+        "{user},{item},1,0,{one},0,1,1,{user},{user}",
+    ),
+    "QB_pair.csv": small("user_id,item_id,timestamp", "{user},{item},{time}"),
+    "TN_pair.csv": small("user_id,item_id,timestamp", "{user},TN{item},{time}"),
+    "MicroLens-100k_pairs.csv": small("user,item,timestamp", "{user},{item},1583378629{time}"),
+    "Pixel200K.csv": small("item_id,user_id,timestamp", "v{item},{user},{time}"),
+    "ml-100k.inter": small(
+        "user_id:token,item_id:token,rating:float,timestamp:float", "{user},{item},{rating},{time}", "\t"
+    ),
+    "ml-100k.user": "user_id:token\tgender:token\n" + "".join(f"{user}\t{'FM'[user % 2]}\n" for user in range(1, 7)),
+}
+
+
+def commands() -> list[str]:
+    """The commands of this script in Data/README.md."""
+    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "Data/README.md").read_text(), re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.startswith(f".venv/bin/python {SCRIPT}")]
+
+
+def test_the_readme_has_a_command_for_each_of_the_usual_data_sets():
+    assert len(commands()) == 9
+    named = " ".join(commands())
+    assert [name for name in TABLES if name not in named] == []
+
+
+@pytest.mark.parametrize("command", commands(), ids=lambda command: command.split()[3])
+def test_a_command_of_the_readme_makes_files_that_the_scripts_can_read(tmp_path, monkeypatch, run_here, command):
+    monkeypatch.chdir(tmp_path)
+    for name, content in TABLES.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(content)
+    code, printed, error = run_here(*shlex.split(command)[1:])
+    assert code == 0, error
+    names = re.findall(r"(\w+)=", " ".join(re.findall(r'--task "(\w+=)', command)))
+    items = data_loader.load_sequences(f"Data/Session/{file_of('pretrain')}", 0.5).items
+    for name in names:
+        data = data_loader.load_examples(f"Data/Session/{file_of(name)}", 0.7, items)
+        assert len(data.rows) == len(Path(f"Data/Session/users_{name}.csv").read_text().splitlines()), name
+    assert len(names) >= 1 and len(list(Path("Data/Session").iterdir())) == 2 * (1 + len(names))
