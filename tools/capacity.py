@@ -34,7 +34,7 @@ SPLIT_TASK, NEXT_TASK = 2, 3  # whose targets are split, and which task is learn
 @dataclass
 class Hyperparameters(study.Settings):
     output_dir: str = "checkpoints/capacity"  # a folder per seed, capacity.csv and capacity.png
-    percents: tuple[int, ...] = (50, 70, 90)  # prune ratios to try, in per cent
+    percents: tuple[int, ...] = (50, 60, 70, 80, 90, 95)  # prune ratios to try, in per cent
     depths: tuple[int, ...] = (1, 4, 9)  # numbers of tasks after which task 3 is learned
 
 
