@@ -1,0 +1,316 @@
+"""The report: a page that needs no other file, and what it says of a chain."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from importlib.util import find_spec
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, STAGES, run_module
+
+import checkpoint
+import pruning
+from nextitnet import NextItNet
+from tools import chain as chains
+from tools import report
+
+VOID = {"meta", "img", "source", "wbr", "br"}
+CPU = torch.device("cpu")
+draws = pytest.mark.skipif(find_spec("matplotlib") is None, reason="the pictures take matplotlib")
+
+
+class Page(HTMLParser):
+    """Fails on a tag left open; `tables` by name, as rows of cells, and `marked`, the texts of changed cells."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.tags, self.text, self.marked = [], [], "", []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append((tag, dict(attributes)))
+        if dict(attributes).get("role") == "region":
+            self.rows = self.tables.setdefault(dict(attributes)["aria-label"], [])
+        elif tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1][0] != "style":
+            self.text += data
+        if self.open and self.open[-1][0] in ("td", "th"):
+            self.rows[-1][-1] += data
+            if self.open[-1][1].get("class") == "changed":
+                self.marked.append(data)
+
+    def column(self, table: str, name: str) -> list[str]:
+        head, *rows = self.tables[table]
+        return [row[head.index(name)] for row in rows]
+
+
+def made(folder: Path, output: Path, **settings: str) -> Page:
+    report.main(report.Hyperparameters(str(folder), str(output), device="cpu", **settings))
+    return Page((output / "report.html").read_text(encoding="utf-8"))
+
+
+def plain(text: str) -> str:
+    return text.replace("\N{NO-BREAK SPACE}", " ")
+
+
+@pytest.fixture(scope="module")
+def written(chain, tmp_path_factory) -> tuple[Path, Path, str]:
+    """The checkpoints of a finished chain, the folder of its report, and what was printed."""
+    checkpoints, folder = chain[0] / "checkpoints", tmp_path_factory.mktemp("report")
+    flags = ["--checkpoint_dir", str(checkpoints), "--output_dir", str(folder), "--device", "cpu"]
+    return checkpoints, folder, run_module("tools.report", *flags)
+
+
+@pytest.fixture
+def copy(chain, tmp_path) -> Path:
+    """A chain's checkpoints, to do harm to."""
+    return Path(shutil.copytree(chain[0] / "checkpoints", tmp_path / "checkpoints"))
+
+
+def change(path: Path, how) -> None:
+    """Writes a checkpoint anew with `how` done to its model."""
+    content, _ = checkpoint.load(str(path))
+    model = checkpoint.build_model(content)
+    with torch.no_grad():
+        how(model)
+    checkpoint.save(str(path), content | {"model": model.state_dict()})
+
+
+def zero_owned_by(owner: int):
+    def change_model(model: NextItNet) -> None:
+        for layer in pruning.owned_weights(model):
+            layer.weight[layer.owner == owner] = 0.0
+
+    return change_model
+
+
+def break_a_weight(model: NextItNet) -> None:
+    """One of task 1's, which all tasks read, in the newest tap of the second convolution."""
+    _, layer, *_ = pruning.owned_weights(model)
+    place = (layer.owner[-1] == 1).nonzero()[0]
+    layer.weight[-1][tuple(place)] = 1e4
+
+
+@draws
+def test_the_page_needs_no_other_file(written):
+    _, folder, printed = written
+    assert printed.splitlines() == [f"wrote {folder / name}" for name in
+                                    ("learning_curves.png", "ownership.png", "report.html")]  # fmt: skip
+    assert {path.name for path in folder.iterdir()} == {"learning_curves.png", "ownership.png", "report.html"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png"))
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "base"}
+    attributes = [item for _, attributes in page.tags for item in attributes.items()]
+    given = [value for name, value in attributes if name in ("src", "srcset", "href")]
+    assert len(given) == 4 * 2 + 4 and all(value.startswith("data:image/svg+xml;base64,") for value in given)
+    assert not re.search(r"https?://|url\(|@import", text)
+    assert all(attributes["alt"] for tag, attributes in page.tags if tag == "img")
+    headings = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h\d", tag)]
+    assert headings[0] == 1 and headings.count(1) == 1 and set(headings) == {1, 2, 3}
+
+
+@draws
+def test_every_task_stands_after_every_stage_with_the_score_that_was_recorded(written):
+    checkpoints, folder, _ = written
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    head, *rows = [[plain(cell) for cell in row] for row in page.tables["Scores by task and stage"]]
+    assert head == ["task", *(f"{stage} {task}" for task, stage in STAGES)]
+    results = pd.read_csv(checkpoints / "results.csv").query("split == 'test'").set_index(["task", "stage"])
+    for task in (1, 2, 3, 4):
+        name = "accuracy" if task == 4 else "mrr@5"
+        pruned, ret = (f"{results.loc[(task, stage), name]:.4f}" for stage in ("pruned", "ret"))
+        expected = ["–" if at < task else pruned if (at, stage) == (task, "tp") else ret for at, stage in STAGES]
+        assert rows[task - 1] == [f"task {task}, {name}", *expected]
+    assert page.column("Averages by metric", "forgetting") == ["0", "–"]
+    assert page.marked == [] and "forgotten nothing: tasks 1 to 3 score exactly as when learned" in page.text
+    assert "which was the case nowhere here" in page.text
+
+
+@draws
+def test_a_broken_weight_is_seen_and_counted(chain, copy, tmp_path, run_here):
+    change(copy / "ret_t4.pt", break_a_weight)
+    page = made(copy, tmp_path / "report")
+    code, printed, _ = run_here("evaluate.py", "--checkpoint_dir", str(copy), "--device", "cpu")
+    scores = [float(score) for score in re.findall(r"RESULT .*?(?:mrr@5|accuracy)=(\S+) .* recorded", printed)]
+    learned = [float(score) for score in page.column("Change of each task", "when learned")]
+    assert code == 1 and scores[0] < learned[0]
+    assert [float(score) for score in page.column("Change of each task", "now")[:3]] == scores[:3]
+    for row in (1, 2, 3):  # each of them reads what task 1 owns
+        *before, last = page.tables["Scores by task and stage"][row][2 * row :]
+        assert set(before) == {f"{learned[row - 1]:.4f}"}
+        assert last.split()[-1] == f"{scores[row - 1]:.4f}" and (last in page.marked) == (last[0] in "▼▲")
+    assert page.tables["Scores by task and stage"][1][-1].startswith("▼")
+    lost = sum(before - now for before, now in zip(learned[:3], scores[:3])) / 3
+    [forgetting, none] = page.column("Averages by metric", "forgetting")
+    assert none == "–" and float(forgetting) == pytest.approx(lost, abs=1e-4) and lost > 0
+    assert "changed since: task 1 from mrr@5" in page.text
+
+
+def test_only_what_a_task_reads_is_compared(chain, copy):
+    def source(harm) -> list[str]:
+        change(copy / "ret_t4.pt", harm)
+        after = chains.read(str(copy), "", CPU).cells
+        shutil.copy(chain[0] / "checkpoints" / "ret_t4.pt", copy)
+        return [after[task, (4, "ret")].source for task in (1, 2, 3)]
+
+    def moved(model: NextItNet) -> None:  # one of task 2's, to the place behind it, which was free
+        layer = next(pruning.owned_weights(model))
+        owner, weight = layer.owner.view(-1), layer.weight.view(-1)
+        place = ((owner[:-1] == 2) & (owner[1:] == 0)).nonzero()[0].item()
+        weight[place + 1] = weight[place]
+        owner[place : place + 2] = torch.tensor([0, 2])
+
+    def normalised(model: NextItNet) -> None:
+        model.blocks[0].ln1.bias[0] += 1
+
+    def head(model: NextItNet) -> None:
+        model.head(2).weight[0] += 1
+
+    assert source(lambda model: None) == ["same"] * 3
+    assert source(zero_owned_by(pruning.FREE)) == ["same"] * 3
+    assert source(zero_owned_by(4)) == ["same"] * 3
+    assert source(zero_owned_by(3)) == ["same", "same", "scored"]
+    assert source(moved) == ["same", "scored", "scored"]
+    assert source(normalised) == ["scored"] * 3
+    assert source(head) == ["same", "scored", "same"]
+
+
+def test_transfer_against_numbers_by_hand():
+    after = {
+        1: {1: 0.5},
+        2: {1: 0.6, 2: 0.3},
+        3: {1: 0.4, 2: 0.3, 3: 0.9},
+        4: {1: 0.2, 2: 0.4, 3: 0.9, 4: 0.7},
+    }
+    # Averages of 0.2, 0.4, 0.7; of 0.2 - 0.5 and 0.4 - 0.3; of 0.6 - 0.2 and 0.3 - 0.4.
+    assert chains.transfer(after, [1, 2, 4]) == pytest.approx((1.3 / 3, -0.1, 0.15))
+    assert chains.transfer(after, [3]) == pytest.approx((0.9, 0, 0))
+    assert chains.transfer(after, [4]) == (0.7, None, None)
+    assert chains.transfer({1: {1: 0.5}}, [1]) == (0.5, None, None)
+
+
+def test_room_is_what_pruning_would_do(chain):
+    content, _ = checkpoint.load(str(chain[0] / "checkpoints" / "ret_t4.pt"))
+    model, ratios = checkpoint.build_model(content), [0.7, 0.6, 0.7, 0.7]
+    rooms = chains.room(list(chains.layers_of(model)), ratios)
+    assert len(rooms) > 9
+    for room in rooms:
+        ratios.append(0.7)
+        pruning.prune(model, room.task, ratios)
+        owners = torch.cat([layer.owner.flatten() for layer in pruning.owned_weights(model)])
+        assert (room.kept, room.free) == ((owners == room.task).sum(), (owners == pruning.FREE).sum())
+    with pytest.raises(ValueError, match="no free weights are left"):
+        pruning.prune(model, room.task + 1, [*ratios, 0.7])
+    assert chains.room([chains.Layer("one", {0: 100_000})], [0.999])[-1].task == pruning.MAX_TASKS
+
+
+def test_a_history_is_the_way_of_the_state_that_was_kept(chain):
+    first, *_, last = chains.histories(str(chain[0] / "checkpoints"))
+    results = pd.read_csv(chain[0] / "checkpoints" / "results.csv", float_precision="round_trip")
+    results = results.query("task == 1 and split == 'validation'")
+    tp, pruned, ret = (results[results["stage"] == stage]["mrr@5"].tolist() for stage in ("tp", "pruned", "ret"))
+    assert first.curves == {"tp": list(zip(range(11), tp)), "ret": list(zip(range(10, 16), ret))}
+    assert first.kept["tp"] == (tp.index(max(tp)), max(tp)) and first.pruned == (10, *pruned)
+    assert first.kept["ret"] == (10 + ret.index(max(ret)), max(ret)) and ret[0] == pruned[0]
+    assert first.test.keys() == {"tp", "pruned", "ret"} and first.test["ret"][0] == first.kept["ret"][0]
+    assert (first.name, last.name) == ("mrr@5", "accuracy")
+
+
+def test_a_history_without_its_beginning(chain, tmp_path):
+    results = pd.read_csv(chain[0] / "checkpoints" / "results.csv", dtype=str)
+    results.query("task == '1' and stage == 'ret'").to_csv(tmp_path / "results.csv", index=False)
+    [history] = chains.histories(str(tmp_path))
+    assert history.curves.keys() == {"ret"} and history.curves["ret"][0][0] == 0 and history.pruned is None
+    assert history.kept["ret"] == max(history.curves["ret"], key=lambda point: point[1])
+
+
+@pytest.fixture
+def begun(chain, tmp_path) -> Path:
+    """The folder of a chain after its first script."""
+    folder = tmp_path / "begun"
+    folder.mkdir()
+    shutil.copy(chain[0] / "checkpoints" / "tp_t1.pt", folder)
+    results = pd.read_csv(chain[0] / "checkpoints" / "results.csv", dtype=str)
+    results.query("task == '1' and stage != 'ret'").to_csv(folder / "results.csv", index=False)
+    return folder
+
+
+@draws
+def test_an_unfinished_chain(begun, tmp_path):
+    page = made(begun, tmp_path / "report")
+    assert [plain(cell) for cell in page.tables["Scores by task and stage"][0]] == ["task", "tp 1"]
+    assert "1 task; task 1 is not retrained yet; 70.0 %" in plain(page.text)
+    assert page.column("Averages by metric", "forgetting") == ["–"]
+
+
+@draws
+def test_what_comes_from_files_is_escaped(begun, tmp_path):
+    content, _ = checkpoint.load(str(begun / "tp_t1.pt"))
+    record, evil = content["tasks"][1], '"><script>alert(1)</script>&amp;'
+    record["data_path"] = record["hyperparameters"]["tp"]["device"] = content["versions"]["torch"] = evil
+    scores = record["results"]["pruned"]["test"]
+    record["results"]["pruned"]["test"] = {evil: scores["mrr@5"]} | scores
+    checkpoint.save(str(begun / "tp_t1.pt"), content)
+    results = (begun / "results.csv").read_text()
+    (begun / "results.csv").write_text(results.replace("mrr@5", "mrr@5<img src=x>$\\frac$", 1))
+    page = made(begun, tmp_path / "report")
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert page.text.count(evil) == 6  # three settings; and the score's name, in each of three tables
+    assert "Task 1, mrr@5<img src=x>$\\frac$ on test" in page.text
+
+
+@draws
+def test_what_is_missing_or_damaged_is_said_in_one_line(copy, tmp_path, run_here):
+    def refused(*arguments: str) -> str:
+        flags = ["--checkpoint_dir", str(copy), "--output_dir", str(tmp_path / "report"), "--device", "cpu"]
+        code, _, error = run_here("tools/report.py", *flags, *arguments)
+        assert code == 2 and re.fullmatch(r"error: [^\n]+\n", error)
+        assert not (tmp_path / "report").exists()
+        return error
+
+    change(copy / "ret_t4.pt", zero_owned_by(1))
+    assert "the data of task 1, does not exist: name its folder with --data_dir" in refused("--data_dir", "nowhere")
+    change(copy / "tp_t3.pt", zero_owned_by(1))
+    assert "goes back to another tp_t3.pt than the one there now" in refused()
+    (copy / "tp_t2.pt").write_bytes(b"x")
+    assert "tp_t2.pt is damaged or cut short" in refused()
+    for path in copy.glob("*.pt"):
+        path.unlink()
+    assert "holds no checkpoint: run `python conure_tp_t1.py` first" in refused()
+    for table in ("", "what,else\n1,2\n", "task,stage,split,epoch,mrr@5\none,tp,test,1,0.5\n"):
+        (copy / "results.csv").write_text(table)
+        assert "is not the table that the scripts write" in refused()
+    (copy / "results.csv").unlink()
+    assert "results.csv does not exist" in refused()
+
+
+def test_matplotlib_is_asked_for_by_name(chain, tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('blocked')\n")
+    command = [sys.executable, "-m", "tools.report", "--checkpoint_dir", str(chain[0] / "checkpoints")]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command += ["--output_dir", str(tmp_path / "report")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 2 and not (tmp_path / "report").exists()
+    assert done.stderr == "error: the pictures take matplotlib: .venv/bin/python -m pip install matplotlib\n"
+    helped = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert helped.returncode == 0 and "WRITES report.html" in helped.stdout

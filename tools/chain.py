@@ -1,0 +1,268 @@
+"""What a folder of checkpoints tells: every task's score after every stage, what was forgotten, who owns which weight,
+how many more tasks fit, and how each task came to its score."""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from settings import InputError  # isort: skip (before torch, whose threads it tells how to wait)
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+import data_loader
+import evaluate
+import metrics
+import pruning
+from nextitnet import NextItNet
+from reporting import SCORES
+
+Stage = tuple[int, str]  # task, and tp or ret
+Point = tuple[float, float]  # epoch, counted through tp and then ret; score
+
+
+class Cell(NamedTuple):
+    """A task's score on its test part after some stage."""
+
+    name: str  # of the score: the first of those that the task reports
+    score: float
+    source: str  # recorded: by a stage of the task's own; same: all that it reads is as it was; scored: anew
+
+
+class Layer(NamedTuple):
+    name: str
+    counts: dict[int, int]  # of its weights by owner, free ones (0) included
+
+
+@dataclass
+class Chain:
+    """All checkpoints of a folder."""
+
+    folder: str
+    stages: list[Stage] = field(default_factory=list)  # those that have a checkpoint, in order
+    cells: dict[tuple[int, Stage], Cell] = field(default_factory=dict)  # by task and stage
+    versions: dict[Stage, dict[str, str]] = field(default_factory=dict)
+    records: dict[int, dict[str, Any]] = field(default_factory=dict)  # of each task, in the newest checkpoint
+    layers: list[Layer] = field(default_factory=list)  # there, too
+    items: int = 0  # ids, <UNK> included
+
+    def learned(self, task: int) -> Cell:
+        """What the task scored at the end of its own last stage."""
+        return recorded(self.records[task]) or self.now(task)
+
+    def now(self, task: int) -> Cell:
+        return self.cells[task, self.stages[-1]]
+
+    def changed(self, task: int, stage: Stage) -> bool:
+        """Whether the task scores otherwise after this stage of a later task than when it was learned."""
+        return stage[0] > task and self.cells[task, stage][:2] != self.learned(task)[:2]
+
+    def after(self) -> dict[int, dict[int, float]]:
+        """R of `transfer`: by task learned, each task's score after that one's last stage."""
+        table = {task: {task: self.learned(task).score} for task in self.records}  # even where its checkpoint is gone
+        for (task, (learned, _)), cell in self.cells.items():
+            if task != learned or learned == self.stages[-1][0]:
+                table[learned][task] = cell.score  # of two stages the later, which comes later in `cells`
+        return table
+
+    def pruned(self) -> bool:
+        """False for a model that was fine-tuned task after task, of whose weights none has an owner."""
+        return any(owner != pruning.FREE for owner in self.counts())
+
+    def counts(self) -> dict[int, int]:
+        """Weights of all layers by owner: tasks in order, then what is free."""
+        counts = Counter()
+        for layer in self.layers:
+            counts.update(layer.counts)
+        return dict(sorted(counts.items(), key=lambda item: item[0] or pruning.MAX_TASKS + 1))
+
+
+def cell_of(scores: dict[str, float], source: str) -> Cell:
+    return Cell(*next(iter(scores.items())), source)
+
+
+def recorded(record: dict[str, Any]) -> Cell | None:
+    """What the record of a task says of its own last stage; None where it does not, as after tools/capacity.py, which
+    prunes one model by several ratios."""
+    scores = record["results"].get(record["state"])
+    return cell_of(scores["test"], "recorded") if scores else None
+
+
+def read(folder: str, data_dir: str, device: torch.device) -> Chain:
+    """Goes through the checkpoints of `folder`, in order, with one of them in memory at a time.
+
+    InputError if there is none, as checkpoint.load, and as evaluate.load_data where a task has to be scored anew.
+    """
+    checkpoint.newest(folder)  # which says what to run where there is none
+    chain, seen = Chain(folder), {}  # seen: for each task what it read when it was last scored
+    for path in sorted(filter(checkpoint.stage_of, os.listdir(folder)), key=checkpoint.order_of):
+        content, _ = checkpoint.load(os.path.join(folder, path))
+        model, stage = checkpoint.build_model(content), checkpoint.stage_of(path)
+        shared = fingerprint(shared_by_all(model, content))
+        for task, record in sorted(content["tasks"].items()):
+            reads = shared + fingerprint(read_by(model, task, record))
+            if stage[0] == task and recorded(record):
+                cell = recorded(record)
+            elif seen.get(task) == reads:
+                cell = chain.cells[task, chain.stages[-1]]._replace(source="same")
+            else:
+                cell = cell_of(score(content, model, task, data_dir, device), "scored")
+            seen[task] = reads
+            chain.cells[task, stage] = cell
+        chain.stages.append(stage)
+        chain.versions[stage] = content["versions"]
+    chain.records, chain.items = dict(sorted(content["tasks"].items())), len(model.embedding.weight)
+    chain.layers = list(layers_of(model))
+    return chain
+
+
+def shared_by_all(model: NextItNet, content: dict[str, Any]) -> Iterable[Tensor]:
+    """What every task reads: the ids of the items, the shape of the network, embedding, positions and layer norms."""
+    yield content["items"]
+    yield torch.tensor(list(repr(sorted(content["architecture"].items())).encode()), dtype=torch.uint8)
+    for module in model.modules():
+        if isinstance(module, (nn.Embedding, nn.LayerNorm)):
+            yield from module.parameters()
+
+
+def read_by(model: NextItNet, task: int, record: dict[str, Any]) -> Iterable[Tensor]:
+    """What this task reads besides: the ids of its targets, its head, and the conv weights of tasks 1..k, as numbers
+    and as places; what stands at the other places never reaches it."""
+    yield record["targets"]
+    yield from model.head(task).parameters()
+    for layer in pruning.owned_weights(model):
+        used, _ = pruning.used_and_trained(layer.owner, checkpoint.reading_of(task, record))
+        yield used
+        yield layer.weight[used]
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """The SHA-256 of all bits, which takes no memory to remember."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(str(tuple(tensor.shape)).encode())
+        digest.update(tensor.detach().reshape(-1).numpy())
+    return digest.hexdigest()
+
+
+def score(
+    content: dict[str, Any], model: NextItNet, task: int, data_dir: str, device: torch.device
+) -> dict[str, float]:
+    """The task's scores on its test part, as evaluate.py counts them."""
+    record, items = content["tasks"][task], data_loader.Vocabulary.from_tensor(content["items"])
+    data, reading = evaluate.load_data(task, record, items, data_dir), checkpoint.reading_of(task, record)
+    return metrics.evaluate(model.to(device), data, reading, record["metric"], record["top_k"], device)["test"]
+
+
+def layers_of(model: NextItNet) -> Iterable[Layer]:
+    for number, block in enumerate(model.blocks, 1):
+        for conv, layer in enumerate((block.conv1, block.conv2), 1):
+            owners, counts = layer.owner.cpu().unique(return_counts=True)
+            yield Layer(f"block {number}, conv {conv}", dict(zip(owners.tolist(), counts.tolist())))
+
+
+class Transfer(NamedTuple):
+    """What learning later tasks did to those of one metric; None where no other task has been learned since."""
+
+    average: float
+    backward: float | None
+    forgetting: float | None
+
+
+def transfer(after: dict[int, dict[int, float]], tasks: list[int]) -> Transfer:
+    """Average score, backward transfer and forgetting of `tasks`, which all have the same metric.
+
+    R[l][t] = `after`[l][t] is the score of task t once task l has been learned, and T the last task learned.
+    Average: the mean of R[T][t] over `tasks`. Backward transfer (Lopez-Paz and Ranzato 2017, GEM): the mean of
+    R[T][t] - R[t][t] over those before T, negative where something was lost. Forgetting (Chaudhry et al. 2018): the
+    mean over the same of max(R[l][t] for t <= l < T) - R[T][t]; no l < t counts, as task t has no head before it.
+    """
+    last = max(after)
+    now, earlier = after[last], [task for task in tasks if task != last]
+    average = float(np.mean([now[task] for task in tasks]))
+    if not earlier:
+        return Transfer(average, None, None)
+    best = {task: max(scores[task] for l, scores in after.items() if l < last and task in scores) for task in earlier}
+    return Transfer(
+        average,
+        float(np.mean([now[task] - after[task][task] for task in earlier])),
+        float(np.mean([best[task] - now[task] for task in earlier])),
+    )
+
+
+def by_metric(chain: Chain) -> dict[str, list[int]]:
+    """Tasks by the name of their score, as no mean of an MRR and an accuracy says anything."""
+    groups: dict[str, list[int]] = {}
+    for task in chain.records:
+        groups.setdefault(chain.learned(task).name, []).append(task)
+    return groups
+
+
+class Room(NamedTuple):
+    """What a task that is not learned yet would take."""
+
+    task: int
+    kept: int  # weights
+    free: int  # weights that it leaves
+
+
+def room(layers: list[Layer], ratios: list[float]) -> list[Room]:
+    """The tasks that still fit after those that pruned by `ratios`, if each prunes by the last of them: until a layer
+    has no free weight, or the owner map no number, left."""
+    sizes, free = [sum(layer.counts.values()) for layer in layers], [layer.counts.get(0, 0) for layer in layers]
+    rooms = []
+    while all(free) and len(ratios) < pruning.MAX_TASKS:
+        kept = [min(pruning.keep_count(size, ratios, ratios[-1]), left) for size, left in zip(sizes, free)]
+        free = [left - count for left, count in zip(free, kept)]
+        ratios = [*ratios, ratios[-1]]
+        rooms.append(Room(len(ratios), sum(kept), sum(free)))
+    return rooms
+
+
+class History(NamedTuple):
+    """A task's way through its stages."""
+
+    task: int
+    name: str  # of the score; of two, if they differ between stages
+    curves: dict[str, list[Point]]  # tp and ret: validation scores
+    kept: dict[str, Point]  # tp and ret: the state that was kept, which is the best on validation
+    pruned: Point | None  # its validation score after pruning, where tp ends
+    test: dict[str, Point]  # tp, pruned and ret: score of the kept state on test
+
+
+def histories(folder: str) -> list[History]:
+    """Every task in results.csv; InputError if it is missing or another table."""
+    path = os.path.join(folder, "results.csv")
+    if not os.path.exists(path):
+        raise InputError(f"{path} does not exist: the scripts write it beside their checkpoints")
+    try:
+        table = pd.read_csv(path, dtype={"task": int, "epoch": float}, float_precision="round_trip")
+    except ValueError:
+        table = pd.DataFrame()
+    if not {"task", "stage", "split", "epoch"} <= set(table) or not any(name.startswith(SCORES) for name in table):
+        raise InputError(f"{path} is not the table that the scripts write: put that back")
+    return [history(task, rows) for task, rows in table.groupby("task")]
+
+
+def history(task: int, rows: pd.DataFrame) -> History:
+    """The rows of results.csv of one task, as points; ret is counted on from the end of tp, where pruning is."""
+    names = [name for name in rows if name.startswith(SCORES)]
+    rows = rows.assign(name=rows[names].notna().idxmax(axis=1), score=rows[names].bfill(axis=1).iloc[:, 0])
+    end = rows["epoch"].where(rows["stage"] == "tp", 0.0).max()
+    rows.loc[rows["stage"] == "pruned", "epoch"] = end
+    rows.loc[rows["stage"] == "ret", "epoch"] += end
+    points = {key: list(zip(part["epoch"].tolist(), part["score"].tolist()))
+              for key, part in rows.groupby(["stage", "split"])}  # fmt: skip
+    test = {stage: points[stage, "test"][-1] for stage in ("tp", "pruned", "ret") if (stage, "test") in points}
+    curves = {stage: points[stage, "validation"] for stage in ("tp", "ret") if (stage, "validation") in points}
+    kept = {}
+    for stage, curve in curves.items():
+        kept |= {stage: point for point in curve if stage in test and point[0] == test[stage][0]}
+    pruned = points.get(("pruned", "validation"), [None])[-1]
+    return History(int(task), ", then ".join(rows["name"].unique()), curves, kept, pruned, test)

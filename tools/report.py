@@ -1,0 +1,43 @@
+"""A chain on one page: learning curves, every task after every stage, who owns which weights, what is left, settings.
+
+READS  results.csv and all checkpoints in checkpoint_dir; a task's data file only if what the task reads has changed
+WRITES report.html, which needs no other file, learning_curves.png and ownership.png to output_dir
+"""
+
+import os
+from dataclasses import dataclass
+
+import settings  # isort: skip (before torch, whose threads it tells how to wait)
+
+from files import whole_file
+from tools import chain
+from training import pick_device
+
+
+@dataclass
+class Hyperparameters:
+    checkpoint_dir: str = "checkpoints"  # where the scripts wrote their checkpoints and results.csv
+    output_dir: str = "checkpoints/report"  # report.html and its pictures
+    data_dir: str = ""  # where the data files are; empty: where they were when the tasks were learned
+    device: str = "auto"  # auto, cpu or cuda
+
+
+def main(hp: Hyperparameters) -> None:
+    from tools import report_page, report_pictures  # only now, as they take matplotlib, and --help does not
+
+    histories = chain.histories(hp.checkpoint_dir)
+    whole = chain.read(hp.checkpoint_dir, hp.data_dir, pick_device(hp.device))
+    written = {
+        "learning_curves.png": report_pictures.learning_curves(histories),
+        "ownership.png": report_pictures.ownership_png(whole.layers),
+        "report.html": report_page.page(whole, histories).encode(),
+    }
+    for name, content in written.items():
+        path = os.path.join(hp.output_dir, name)
+        with whole_file(path) as file:
+            file.write(content)
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    settings.run(main, Hyperparameters, __doc__)

@@ -1,0 +1,179 @@
+"""The report's pictures, drawn by matplotlib: SVG on a light or a dark page, and PNG."""
+
+import io
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from settings import InputError
+
+try:
+    import matplotlib
+except ImportError:
+    raise InputError("the pictures take matplotlib: .venv/bin/python -m pip install matplotlib") from None
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from tools.chain import History, Layer, Point
+
+
+class Theme(NamedTuple):
+    """Colours of one page; tp's and ret's are told apart by colour-blind readers (Okabe and Ito)."""
+
+    paper: str
+    ink: str
+    muted: str
+    line: str
+    tp: str
+    ret: str
+    free: str
+    tasks: tuple[float, float]  # the part of TASK_COLOURS that stands out from the paper
+
+
+LIGHT = Theme("#ffffff", "#1b2330", "#5a6473", "#d9dee5", "#0072b2", "#c24d00", "#e6e9ee", (0.1, 0.85))
+DARK = Theme("#14181e", "#e8ebf0", "#a5afbd", "#343c47", "#56b4e9", "#f0a030", "#2b323c", (0.35, 1.0))
+TASK_COLOURS = "viridis"  # from dark to light, in any vision and in print too
+
+
+def style(theme: Theme) -> dict[str, object]:
+    """matplotlib's settings for a theme."""
+    return {
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "text.parse_math": False,  # names come from files, in which a dollar is a dollar
+        "text.color": theme.ink,
+        "axes.edgecolor": theme.line,
+        "axes.labelcolor": theme.muted,
+        "axes.titlelocation": "left",
+        "axes.titlesize": 11,
+        "axes.titleweight": "bold",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid.axis": "y",
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.facecolor": "none",
+        "figure.facecolor": theme.paper,
+        "grid.color": theme.line,
+        "grid.linewidth": 0.6,
+        "xtick.color": theme.line,
+        "ytick.color": theme.line,
+        "xtick.labelcolor": theme.muted,
+        "ytick.labelcolor": theme.muted,
+        "legend.frameon": False,
+        "figure.constrained_layout.w_pad": 0.1,
+        "figure.constrained_layout.h_pad": 0.1,
+        "svg.hashsalt": "report",  # so that the same numbers give the same file
+    }
+
+
+def svg(theme: Theme, size: tuple[float, float], draw: Callable[[Figure], None]) -> bytes:
+    """A picture without a background of its own, `size` in inches."""
+    return rendered(theme, size, draw, format="svg", transparent=True, metadata={"Date": None})
+
+
+def png(size: tuple[float, float], draw: Callable[[Figure], None]) -> bytes:
+    return rendered(LIGHT, size, draw, format="png", dpi=110)
+
+
+def rendered(theme: Theme, size: tuple[float, float], draw: Callable[[Figure], None], **how: object) -> bytes:
+    with matplotlib.rc_context(style(theme)):
+        figure, file = Figure(size, layout="constrained"), io.BytesIO()
+        draw(figure)
+        figure.savefig(file, **how)
+        return file.getvalue()
+
+
+def learning_curve(history: History, theme: Theme) -> bytes:
+    """The panel of one task."""
+    return svg(theme, (4.7, 2.9), lambda figure: draw_history(figure.subplots(), history, theme))
+
+
+def learning_curves(histories: list[History]) -> bytes:
+    """The panels of all tasks, two in a row, with a legend."""
+    rows = -(-len(histories) // 2)
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(rows, 2, squeeze=False).flatten()
+        for axes, history in zip(panels, histories):
+            draw_history(axes, history, LIGHT)
+        for axes in panels[len(histories) :]:
+            axes.remove()
+        named = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels())}
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(named))
+
+    return png((9.4, 2.9 * rows + 0.4), draw)
+
+
+def draw_history(axes: Axes, history: History, theme: Theme) -> None:
+    """Validation through tp, the drop by pruning, validation through ret; the states kept, and their test scores."""
+    axes.set_title(f"Task {history.task}")
+    axes.set(xlabel="epoch, through tp and then ret", ylabel=history.name)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if history.pruned:
+        axes.axvline(history.pruned[0], color=theme.line, linewidth=0.8, zorder=1)
+    colours = {"tp": theme.tp, "ret": theme.ret}
+    for stage, curve in history.curves.items():
+        label = f"{stage}, on validation"
+        axes.plot(*zip(*curve), color=colours[stage], linewidth=1.8, marker=".", markersize=4, label=label)
+    if history.pruned and "tp" in history.kept:
+        (x, y), (end, low) = history.kept["tp"], history.pruned
+        axes.plot([x, end, end], [y, y, low], color=theme.muted, linewidth=1.2, linestyle=(0, (3, 2)), label="pruning")
+    for stage, point in history.kept.items():
+        mark(axes, point, "o", 8, colours[stage], "none", "kept: best on validation" if stage == "tp" else None)
+    for stage, point in history.test.items():
+        mark(axes, point, "D", 5.5, theme.paper, colours.get(stage, theme.muted), "test" if stage == "tp" else None)
+    axes.margins(y=0.12)
+
+
+def mark(axes: Axes, point: Point, shape: str, size: float, edge: str, face: str, label: str | None) -> None:
+    axes.plot(
+        *point, marker=shape, markersize=size, markeredgecolor=edge, markerfacecolor=face, linestyle="none", zorder=3,
+        label=label,
+    )  # fmt: skip
+
+
+def ownership(layers: list[Layer], theme: Theme, width: float) -> bytes:
+    return svg(theme, ownership_size(layers, width), lambda figure: draw_ownership(figure, layers, theme))
+
+
+def ownership_png(layers: list[Layer]) -> bytes:
+    return png(ownership_size(layers, 9.4), lambda figure: draw_ownership(figure, layers, LIGHT))
+
+
+def ownership_size(layers: list[Layer], width: float) -> tuple[float, float]:
+    return width, 0.33 * len(layers) + 1
+
+
+def draw_ownership(figure: Figure, layers: list[Layer], theme: Theme) -> None:
+    """A bar per layer, from its input side down: task 1, 2, …, and what is free."""
+    axes = figure.subplots()
+    owners = sorted({owner for layer in layers for owner in layer.counts} - {0})
+    places = np.linspace(*theme.tasks, max(len(owners), 1))
+    colours = [*map(matplotlib.colors.to_hex, matplotlib.colormaps[TASK_COLOURS](places))][: len(owners)] + [theme.free]
+    room = 36 / (figure.get_figwidth() - 1.3)  # % of a bar that a number takes: 0.36 inches; the names take 1.3
+    left = [0.0] * len(layers)
+    for owner, colour in zip([*owners, 0], colours):
+        shares = [layer.counts.get(owner, 0) / sum(layer.counts.values()) * 100 for layer in layers]
+        label = f"task {owner}" if owner else "free"
+        names = [layer.name for layer in layers]
+        bars = axes.barh(names, shares, left=left, height=0.72, color=colour, edgecolor=theme.paper, label=label)
+        written = [f"{share:.0f} %" if share >= room else "" for share in shares]
+        axes.bar_label(bars, written, label_type="center", fontsize=8.5, color=readable_on(colour))
+        left = [start + share for start, share in zip(left, shares)]
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set(xlim=(0, 100), xlabel="% of the layer's weights")
+    columns = max(3, int(figure.get_figwidth() * 0.85))
+    figure.legend(loc="outside upper left", ncols=columns, handlelength=1, handleheight=1, columnspacing=1.2)
+
+
+def readable_on(colour: str) -> str:
+    """Black or white, whichever stands out more by WCAG's contrast."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in matplotlib.colors.to_rgb(colour)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "black" if luminance > 0.179 else "white"  # where both have a contrast of 4.6
