@@ -3,9 +3,11 @@
 READS  the newest checkpoint in checkpoint_dir (or the one named), and the data file of each task, which it records
 PRINTS a RESULT line per task; behind it the scores recorded when the task was learned, and whether they are the same
 EXITS  with 0 if all are the same, with 1 if any differs
+NEXT   python -m tools.report, to look at it; python -m tools.export, to use a task
 """
 
 import os
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +65,9 @@ def main(hp: Hyperparameters) -> int:
         print(f"{changed} of {len(content['tasks'])} tasks score otherwise than when they were learned")
     else:
         print("nothing forgotten: every task scores exactly as when it was learned")
+    folder = os.path.dirname(path) or "."
+    given = f" --checkpoint_dir {shlex.quote(folder)}" if folder != Hyperparameters.checkpoint_dir else ""
+    print(f"next: python -m tools.report{given}, to look at it; python -m tools.export{given}, to use a task")
     return 1 if changed else 0
 
 

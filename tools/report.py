@@ -2,6 +2,7 @@
 
 READS  results.csv and all checkpoints in checkpoint_dir; a task's data file only if what the task reads has changed
 WRITES report.html, which needs no other file, learning_curves.png and ownership.png to output_dir
+NEXT   open report.html in a browser
 """
 
 import os
@@ -37,6 +38,7 @@ def main(hp: Hyperparameters) -> None:
         with whole_file(path) as file:
             file.write(content)
         print(f"wrote {path}")
+    print(f"next: open {path} in a browser")
 
 
 if __name__ == "__main__":
