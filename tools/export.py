@@ -36,7 +36,7 @@ class Hyperparameters:
     task: int = 1  # the task to serve
     checkpoint_dir: str = "checkpoints"  # where the scripts wrote their checkpoints
     checkpoint: str = ""  # a checkpoint file; empty: the newest in checkpoint_dir
-    output: str = ""  # the serving file; empty: checkpoints/serving_tK.pt, K being the task
+    output: str = ""  # the serving file; empty: serving_tK.pt in checkpoint_dir, K being the task
     dtype: str = "float32"  # of the weights in the file: float32, or float16 or bfloat16 for half its size
     program: str = ""  # a .pt2 file for the torch.export program; empty: none is written
 

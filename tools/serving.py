@@ -46,7 +46,7 @@ class Source:
     task: int = 1  # the task that is served
     serving: str = ""  # the file that tools.export wrote; empty: checkpoints/serving_tK.pt, K being the task
     data_path: str = "Data/Session/original_desen_pretrain.csv"  # a user a line; what follows `,,` is not read
-    ids: str = ""  # a file with the user of each row, one a line; empty: they are numbered from 1
+    ids: str = ""  # a file with the user of each row, one a line; empty: their numbers, from 1
     device: str = "auto"  # auto, cpu or cuda
 
 
