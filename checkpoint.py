@@ -127,9 +127,9 @@ def load(path: str) -> tuple[dict[str, Any], str]:
     return content, digest
 
 
-def reading_of(task: int, record: dict[str, Any]) -> Reading:
-    """How a task's weights are read for the scores of its record; in a model that was never pruned all are free."""
-    return Reading(task, "tp" if record["state"] == "tp" else "inference")
+def reading_of(task: int, state: str) -> Reading:
+    """How a task's weights are read for scores of its state: tp, pruned or ret; before pruning all are free to read."""
+    return Reading(task, "tp" if state == "tp" else "inference")
 
 
 def build_model(content: dict[str, Any], network: type[NextItNet] = NextItNet) -> NextItNet:

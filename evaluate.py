@@ -53,7 +53,7 @@ def main(hp: Hyperparameters) -> int:
     changed = 0
     for task, record in sorted(content["tasks"].items()):
         data = load_data(task, record, items, hp.data_dir)
-        reading = checkpoint.reading_of(task, record)
+        reading = checkpoint.reading_of(task, record["state"])
         scores = metrics.evaluate(model, data, reading, record["metric"], record["top_k"], device)[hp.split]
         recorded = record["results"][record["state"]][hp.split]
         same = scores == recorded

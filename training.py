@@ -220,7 +220,8 @@ class Run:
     def consider(self) -> None:
         """Evaluates on validation and remembers the state if none before scored as well."""
         stage, examples = self.reading.stage, self.data.splits["validation"]
-        ranks = metrics.rank_examples(self.model, self.data, examples, self.reading_at(stage), self.device)
+        reading = checkpoint.reading_of(self.reading.task, stage)
+        ranks = metrics.rank_examples(self.model, self.data, examples, reading, self.device)
         scores = metrics.score(ranks, self.metric, self.hp.top_k)
         self.results.add(stage, "validation", self.epoch, scores, self.seconds)
         score = next(iter(scores.values()))
@@ -274,13 +275,9 @@ class Run:
         for owner, share in sorted(pruning.shares(self.model).items(), key=lambda item: item[0] or pruning.MAX_TASKS):
             print(f"  {f'task {owner} owns' if owner else 'free'}: {share:.2%} of the conv weights")
 
-    def reading_at(self, stage: str) -> Reading:
-        """How the weights are read for scores of `stage`: tp, pruned or ret."""
-        return self.reading if stage == "tp" else Reading(self.reading.task, "inference")
-
     def report(self, stage: str, splits: tuple[str, ...]) -> None:
         """Scores all held-out parts of the data and keeps them for the checkpoint; prints `splits`."""
-        reading = self.reading_at(stage)
+        reading = checkpoint.reading_of(self.reading.task, stage)
         scores = metrics.evaluate(self.model, self.data, reading, self.metric, self.hp.top_k, self.device)
         self.scores[stage] = scores
         for split in splits:

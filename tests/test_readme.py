@@ -1,4 +1,4 @@
-"""Every command of the README, run in the README's order in a copy of the project, with small settings where it is long."""
+"""Every command of the README, run in its order in a copy of the project; with small settings where it takes long."""
 
 import re
 import shutil

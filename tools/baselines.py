@@ -236,7 +236,7 @@ class Comparison(study.Study):
         model = checkpoint.build_model(content).to(device)
         scores = {}
         for number, record in content["tasks"].items():
-            reading, data = checkpoint.reading_of(number, record), self.data(self.task_of(record))
+            reading, data = checkpoint.reading_of(number, record["state"]), self.data(self.task_of(record))
             scores[number] = metrics.evaluate(model, data, reading, record["metric"], record["top_k"], device)["test"]
         return scores
 

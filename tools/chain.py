@@ -137,7 +137,7 @@ def read_by(model: NextItNet, task: int, record: dict[str, Any]) -> Iterable[Ten
     yield record["targets"]
     yield from model.head(task).parameters()
     for layer in pruning.owned_weights(model):
-        used, _ = pruning.used_and_trained(layer.owner, checkpoint.reading_of(task, record))
+        used, _ = pruning.used_and_trained(layer.owner, checkpoint.reading_of(task, record["state"]))
         yield used
         yield layer.weight[used]
 
@@ -156,7 +156,7 @@ def score(
 ) -> dict[str, float]:
     """The task's scores on its test part, as evaluate.py counts them."""
     record, items = content["tasks"][task], data_loader.Vocabulary.from_tensor(content["items"])
-    data, reading = evaluate.load_data(task, record, items, data_dir), checkpoint.reading_of(task, record)
+    data, reading = evaluate.load_data(task, record, items, data_dir), checkpoint.reading_of(task, record["state"])
     return metrics.evaluate(model.to(device), data, reading, record["metric"], record["top_k"], device)["test"]
 
 

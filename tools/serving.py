@@ -57,7 +57,7 @@ def path_of(folder: str, task: int) -> str:
 def extract(content: dict[str, Any], digest: str, task: int, dtype: torch.dtype) -> dict[str, Any]:
     """What a checkpoint (its content and digest) has for `task`; the same however many tasks it has learned since."""
     record, state = content["tasks"][task], dict(content["model"])
-    reading, conv = checkpoint.reading_of(task, record), {}
+    reading, conv = checkpoint.reading_of(task, record["state"]), {}
     for name in [name.removesuffix(".owner") for name in state if name.endswith(".owner")]:
         readable, _ = pruning.used_and_trained(state.pop(f"{name}.owner"), reading)
         weight = state.pop(f"{name}.weight")
