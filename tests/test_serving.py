@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,21 @@ def test_rows_of_any_form_are_read_as_training_reads_them(chain, serving, tool, 
         users.append(np.load(tmp_path / "u.npy"))
     assert np.array_equal(*users)
     assert np.array_equal(users[0][0], users[0][3]) and not np.array_equal(users[0][1], users[0][2])
+
+
+def test_memory_does_not_grow_with_the_rows(chain, serving, tool, tmp_path, monkeypatch):
+    served, lines = serving(2), (chain[0] / "Data" / FILES[1]).read_text()
+    monkeypatch.setattr(ttl_format, "CHUNK_BYTES", 1 << 16)
+    peaks = []
+    for copies in (1, 2, 20):  # the first loads what is loaded once
+        (tmp_path / "rows").write_text(lines * copies)
+        arguments = ("--task", 2, "--serving", served, "--data_path", tmp_path / "rows")
+        tracemalloc.start()
+        tool("represent", *arguments, "--output", tmp_path / "u.csv")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert len((tmp_path / "u.csv").read_text().splitlines()) == 1 + 30_000
+    assert peaks[2] < peaks[1] + 1_000_000, "30,000 rows of 20 ids are 4.8 MB, their representations 3.8 MB"
 
 
 @pytest.mark.parametrize("task, k", [(1, 7), (2, 10), (4, 10)])
