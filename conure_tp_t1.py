@@ -49,7 +49,7 @@ class Hyperparameters:
 def main(hp: Hyperparameters) -> None:
     data = data_loader.load_sequences(hp.data_path, hp.test_fraction)
     run = training.Run(hp, Reading(1, "tp"), data)
-    data.items.write(hp.index_path)
+    data.items.write(hp.index_path, hp.overwrite)
     run.train(losses.next_item(hp, data))
     run.prune()
     run.save()

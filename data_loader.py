@@ -65,10 +65,22 @@ class Vocabulary:
     def from_tensor(cls, tensor: Tensor) -> "Vocabulary":
         return cls(tensor.numpy().tobytes().decode().split("\n"))
 
-    def write(self, path: str) -> None:
-        """Writes index.csv: a header `token,id`, then a line a token."""
+    def write(self, path: str, overwrite: bool) -> None:
+        """Writes index.csv: a header `token,id`, then a line a token.
+
+        InputError if it holds other ids, which other checkpoints need, and is not to be overwritten.
+        """
         if not processes.is_main():
             return
+        try:
+            there = read_index(path).tokens
+        except InputError:  # none, or one that is of no use to any checkpoint
+            there = self.tokens
+        if there != self.tokens and not overwrite:
+            raise InputError(
+                f"{path} holds the ids of other data, without which its checkpoints cannot be trained on: give another "
+                "--index_path (and --checkpoint_dir), or --overwrite"
+            )
         with whole_file(path) as file:
             pd.DataFrame({"token": self.tokens, "id": range(len(self))}).to_csv(file, index=False)
 

@@ -9,11 +9,9 @@ NEXT   python -m tools.report, to look at it; python -m tools.export, to use a t
 import os
 import shlex
 from dataclasses import dataclass
-from typing import Any
 
 import checkpoint
-import data_loader
-import metrics
+import rescoring
 import settings
 from reporting import result_line
 from training import pick_device
@@ -28,33 +26,15 @@ class Hyperparameters:
     device: str = "auto"  # auto, cpu or cuda
 
 
-def load_data(task: int, record: dict[str, Any], items: data_loader.Vocabulary, data_dir: str) -> data_loader.TaskData:
-    """The examples that a task was learned from; InputError if the file is not there or has changed."""
-    path = os.path.join(data_dir, os.path.basename(record["data_path"])) if data_dir else record["data_path"]
-    if not os.path.exists(path):
-        raise settings.InputError(f"{path}, the data of task {task}, does not exist: name its folder with --data_dir")
-    if task == 1:
-        data = data_loader.load_sequences(path, record["test_fraction"], items)
-    else:
-        targets = data_loader.Vocabulary.from_tensor(record["targets"])
-        data = data_loader.load_examples(path, record["test_fraction"], items, targets)
-    if data.digest != record["data_digest"]:
-        raise settings.InputError(f"{path} is not the file that task {task} was learned from, or has changed since")
-    return data
-
-
 def main(hp: Hyperparameters) -> int:
     path = hp.checkpoint or checkpoint.newest(hp.checkpoint_dir)
     print(f"checkpoint: {path}")
     content, _ = checkpoint.load(path)
     device = pick_device(hp.device)
-    model = checkpoint.build_model(content).to(device)
-    items = data_loader.Vocabulary.from_tensor(content["items"])
+    model = checkpoint.build_model(content)
     changed = 0
     for task, record in sorted(content["tasks"].items()):
-        data = load_data(task, record, items, hp.data_dir)
-        reading = checkpoint.reading_of(task, record["state"])
-        scores = metrics.evaluate(model, data, reading, record["metric"], record["top_k"], device)[hp.split]
+        scores = rescoring.score(task, content, model, hp.data_dir, device)[hp.split]
         recorded = record["results"][record["state"]][hp.split]
         same = scores == recorded
         changed += not same

@@ -37,12 +37,20 @@ def whole_file(path: str) -> Iterator[BinaryIO]:
                 os.remove(temporary)
                 raise
         sync_folder(folder)
-    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where the disk takes no more
-        reason = error.strerror if isinstance(error, OSError) else "the disk took no more"
+    except OSError as error:
         kept = "what it held before is still there" if os.path.exists(path) else "nothing of it is left behind"
-        full = not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "make room, then run the same command" if full else "mend that, then run the same command"
-        raise InputError(f"{path} could not be written ({reason}), {kept}: {advice}") from error
+        raise InputError(f"{path} could not be written ({error.strerror}), {kept}: {advice}") from error
+
+
+@contextmanager
+def torch_writing() -> Iterator[None]:
+    """Turns the RuntimeError that torch has for a disk that takes no more into the system's own error."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(errno.ENOSPC, "the disk took no more") from error
 
 
 def alone(path: str) -> BinaryIO:
@@ -61,7 +69,8 @@ def alone(path: str) -> BinaryIO:
 def save_sealed(path: str, content: dict[str, Any]) -> None:
     """Writes plain values and tensors, and the SHA-256 of all bytes as the last line; InputError as `whole_file`."""
     with whole_file(path) as file:
-        torch.save(content, file)
+        with torch_writing():
+            torch.save(content, file)
         size = file.tell()
         file.seek(0)
         digest = digest_of(file, size)

@@ -36,4 +36,4 @@ def inform(model: NextItNet, data: TaskData, reading: Reading, device: torch.dev
     head.weight.copy_(random)
     frequency = np.bincount(data.targets[examples], minlength=size) + 1
     head.bias.copy_(torch.from_numpy(np.log(frequency / frequency.mean())))
-    return f"{found}, which does not help; a bias starts at their log frequencies"
+    return f"{found}, whose rows rank no better there than shuffled ones; a bias starts at the targets' log frequencies"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs, makes the demo data if Data/Session is empty, runs the scripts of all tasks, then evaluate.py.
-#   bash run_all.sh          small settings: a few minutes on a laptop
+#   bash run_all.sh          small settings: a minute or two on a laptop
 #   bash run_all.sh --full   the settings at the top of the scripts
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -17,6 +17,12 @@ python=.venv/bin/python
 
 task=1
 while [ -f conure_tp_t$task.py ]; do  # tasks added to the four too
+    data=$(sed -n 's/^    data_path: str = "\(.*\)".*/\1/p' conure_tp_t$task.py)
+    if [ ! -e "$data" ]; then
+        echo
+        echo "== $data is not there: the chain ends before task $task"
+        break
+    fi
     for stage in tp ret; do
         flags=()
         if [ "$small" ]; then

@@ -88,7 +88,7 @@ def ours(value: Any, original: Any) -> Any:
 
 
 def parse(text: str | list[str], kind: type) -> Any:
-    """`text` (several for tuple[str, ...]) as a value of the field type `kind`, one of KINDS; ValueError if it is none."""
+    """The text, or for tuple[str, ...] the texts, as a value of `kind`, one of KINDS; ValueError if it is none."""
     if kind is bool:
         return ("false", "true").index(text.lower()) == 1
     if kind == tuple[int, ...]:

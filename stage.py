@@ -40,8 +40,8 @@ class Stage:
             self.lineage = self.before["lineage"] | {os.path.basename(path): made_from}
         self.identity = {name: printable(value) for name, value in vars(hp).items() if name not in NOT_IDENTITY}
         self.identity |= {"data": data.digest, "vocabulary": data.items.digest, "checkpoint before": made_from}
-        if os.path.exists(self.path) and not hp.overwrite:
-            self.refuse_if_finished()
+        if os.path.exists(self.path):
+            self.print_what_goes_back_here() if hp.overwrite else self.refuse_if_finished()
 
     def predecessor(self) -> str | None:
         """The path of the checkpoint that the stage starts from; None if it starts from nothing."""
@@ -66,15 +66,24 @@ class Stage:
                     f"had, or run `python {script} --overwrite`"
                 )
 
+    def print_what_goes_back_here(self) -> None:
+        """The checkpoints after this stage, which can only be made again once it has been done over."""
+        names = filter(checkpoint.stage_of, os.listdir(self.hp.checkpoint_dir))
+        later = [name for name in names if checkpoint.order_of(name) > checkpoint.order_of(self.path)]
+        if later:
+            names = ", ".join(sorted(later, key=checkpoint.order_of))
+            print(f"{self.path} is done over, and what goes back to it has to be afterwards: {names}")
+
     def refuse_if_finished(self) -> None:
         content, _ = checkpoint.load(self.path)
-        self.refuse_other(self.path, content["identity"])
+        again = f"the stage is finished: go on with `python {self.next_command()}`, or do it over with --overwrite"
+        self.refuse_other(self.path, content["identity"], again)
         self.remove_snapshot()  # which a kill just before the end may have left
         if self.before is None:
-            self.data.items.write(self.hp.index_path)  # the same as ever; in case it was lost or damaged
+            self.data.items.write(self.hp.index_path, self.hp.overwrite)  # in case it was lost or damaged
         raise NothingToDo(f"{self.path} is finished; --overwrite does it over\nnext: python {self.next_command()}")
 
-    def refuse_other(self, path: str, identity: dict[str, str]) -> None:
+    def refuse_other(self, path: str, identity: dict[str, str], remedy: str) -> None:
         """InputError, naming the fields, if the file at `path` was made otherwise than this run would make it."""
         differing = [name for name in self.identity if identity.get(name) != self.identity[name]]
         if differing:
@@ -82,7 +91,7 @@ class Stage:
             shown = (
                 f"other {n}" if n in digests else f"{n} {identity.get(n)} (now {self.identity[n]})" for n in differing
             )
-            raise InputError(f"{path} was made with {', '.join(shown)}: --overwrite starts the stage over")
+            raise InputError(f"{path} was made with {', '.join(shown)}: {remedy}")
 
     def start_model(self) -> NextItNet:
         """The model as the stage before left it, with a new head in tp; a new one for the first stage.
@@ -131,8 +140,9 @@ class Stage:
         if not os.path.exists(self.snapshot_path):
             return None
         try:
-            content, _ = checkpoint.load_file(self.snapshot_path, "--overwrite starts the stage over")
-            self.refuse_other(self.snapshot_path, content["identity"])
+            remedy = "--overwrite starts the stage over"
+            content, _ = checkpoint.load_file(self.snapshot_path, remedy)
+            self.refuse_other(self.snapshot_path, content["identity"], remedy)
         except InputError:
             if not self.hp.overwrite:
                 raise

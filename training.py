@@ -72,6 +72,7 @@ class Run:
     ):
         """`hp` is the script's hyperparameter block; goes on from a snapshot if there is one. Raises as `stage` does,
         which makes the stage from the first three."""
+        print(f"task {reading.task}, stage {reading.stage}")
         self.hp, self.reading, self.data, self.metric = hp, reading, data, metric
         self.device = pick_device(hp.device)
         self.stage = stage(hp, reading, data)
@@ -110,7 +111,6 @@ class Run:
 
     def announce(self) -> None:
         """Prints settings, data, parameter counts, device and versions."""
-        print(f"task {self.reading.task}, stage {self.reading.stage}")
         for name, value in vars(self.hp).items():
             print(f"  {name:20} {printable(value)}")
         print("data:", "\n  ".join(self.data.describe()))
@@ -314,7 +314,7 @@ class StopRequest:
     one raises as usual."""
 
     requested = False
-    before = signal.default_int_handler
+    before = None  # what Ctrl-C did before
 
     def listen(self) -> None:
         self.before = signal.signal(signal.SIGINT, self.note)
@@ -330,7 +330,8 @@ class StopRequest:
         )
 
     def end(self) -> None:
-        signal.signal(signal.SIGINT, self.before)
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
 
 
 def can_compile(device: torch.device) -> bool:

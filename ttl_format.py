@@ -125,6 +125,8 @@ def read_lines(path: str, with_targets: bool, digest) -> Iterator[Lines]:
                 yield lines
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: put the task's file there or name it with --data_path") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): name the task's file with --data_path") from None
     if not found:
         raise InputError(f"{path} is empty: it must hold one line a user")
 
@@ -147,7 +149,7 @@ def chunks_of_lines(path: str, digest) -> Iterator[tuple[bytes, int]]:
     with open(path, "rb") as file:
         while block := file.read(CHUNK_BYTES):
             digest.update(block)
-            if len(rest) > MAX_LINE_BYTES // CHUNK_BYTES + 1:
+            if sum(map(len, rest)) > MAX_LINE_BYTES:
                 raise InputError(f"{path}, line {line}: longer than {MAX_LINE_BYTES:,} bytes, so this is no task file")
             if line == 1 and not rest:
                 block = block.removeprefix(b"\xef\xbb\xbf")

@@ -2,7 +2,8 @@
 
 Each user's rows are put in order; the first part is the history, whose last items are the sequence. Further tasks are
 about what the user did after that, in this table or in another one, or about what is known of the user. Nothing in a
-sequence is later than what is to be predicted from it. Data/README.md has a line for each of the usual data sets.
+sequence is later than what is to be predicted from it, as far as times are known. Data/README.md has a line for each of
+the usual data sets.
 
 READS  --interactions, --users, and the tables that --task names: .csv, .tsv, .inter, .user, .dat, .gz of them, .parquet
 WRITES original_desen_pretrain.csv                    task 1: the sequence
@@ -44,7 +45,7 @@ class Hyperparameters:
     task: tuple[str, ...] = ()  # "NAME=SOURCE where CONDITION", for each further task: later, a table or users.COLUMN
     history: float = 0.8  # share of a user's rows, in order, that the sequence is taken from
     length: int = 50  # items in a sequence; shorter histories are padded on the left with 0
-    min_rows: int = 5  # users with fewer rows are left out
+    min_rows: int = 5  # users with fewer rows that task 1 uses are left out
     output_dir: str = "Data/Session"  # where the task files go
     overwrite: bool = False  # replace task files that are there already
 
@@ -112,6 +113,8 @@ def check_tasks(hp: Hyperparameters, tasks: list[Task]) -> None:
         elif task.source == "later":
             if hp.history == 1:
                 raise InputError(f"--task {task.name}=later: with --history 1 no row is later than the sequence")
+        elif not Path(task.source).exists():
+            raise InputError(f"--task {task.name}={task.source}: no such file; or write `later`, or `users.COLUMN`")
         elif Path(task.source).resolve() == Path(hp.interactions).resolve():
             raise InputError(f"--task {task.name}={task.source} is --interactions itself: write {task.name}=later")
 
@@ -209,6 +212,8 @@ def classes_of_users(hp: Hyperparameters, task: Task, histories: Histories) -> t
     name = task.source.removeprefix("users.")
     hint = "name yours with --user, or all of them with --users_columns"
     table = tables.read(hp.users, hp.users_columns, (hp.user, name), [], [task.condition], hint)
+    if table.left_out:
+        print(f"{hp.users}: {table.left_out:,} rows lack a value of {hp.user}, {name}: left out of task {task.name}")
     lines, chosen = lines_of(table, hp.user, task, histories)
     classes = table.tokens[name]
     found = pd.DataFrame({"line": lines, "class": classes.codes})[chosen].drop_duplicates()
@@ -296,7 +301,7 @@ def main(hp: Hyperparameters) -> None:
     files += [file_of_task(hp, task, table, histories) for task in tasks]
     write_files(hp.output_dir, written(files, histories), hp.overwrite)
     print_files(files, histories.lengths)
-    print_next_steps(hp.output_dir, names)
+    print_next_steps(hp.output_dir, names, {task.name for task in tasks if task.source.startswith("users.")})
 
 
 if __name__ == "__main__":

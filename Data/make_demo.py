@@ -86,7 +86,7 @@ def main(hp: Hyperparameters) -> None:
     write_files(hp.output_dir, {file_of(name): lines for name, lines in files.items()}, hp.overwrite)
     for name, lines in files.items():
         print(f"wrote {Path(hp.output_dir) / file_of(name)}: {len(lines):,} lines")
-    print_next_steps(hp.output_dir, list(files))
+    print_next_steps(hp.output_dir, list(files), {"gender", "age"})
 
 
 if __name__ == "__main__":

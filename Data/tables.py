@@ -5,6 +5,7 @@ Three kinds of columns are read: tokens, which are ids and classes, keep their t
 ordered by becomes numbers or dates; conditions see numbers where all values of a column are numbers, otherwise text.
 """
 
+import codecs
 import csv
 import gzip
 import re
@@ -20,12 +21,13 @@ import pandas as pd
 from settings import InputError
 from ttl_format import MAX_TOKEN_BYTES
 
-SEPARATORS = ("::", "\t", ",", "|")  # the first of them that is in the first line separates the columns
+SEPARATORS = ("::", "\t", ",", "|", ";")  # the first of them that is in the first line separates the columns
 RECBOLE_TYPE = re.compile(r":(token|float|token_seq|float_seq)$")  # behind the names in an atomic file's header
 NO_TOKEN = ["", r"\N"]  # the second is how MySQL writes it
 NO_VALUE = [*NO_TOKEN, "NA", "NaN", "nan", "NULL", "null", "None"]  # among numbers
 SURPLUS = "a value more than the first line has"  # the column for it
 UNFIT = re.compile(r"[,\x00-\x1f]|^<UNK>$")  # tokens that the task files cannot hold
+UNFIT_USER = re.compile(r"[\x00-\x1f]")  # users, who stand in files of their own, one a line
 
 # What pandas raises at a condition that is none.
 REFUSALS = (NameError, SyntaxError, TypeError, ValueError, KeyError, AttributeError, NotImplementedError, TokenError)
@@ -59,7 +61,8 @@ class Headed:
 def read(
     path: str, header: str, tokens: Sequence[str], order: Sequence[str], conditions: Sequence[str], hint: str
 ) -> Table:
-    """`header`: names of the columns if the file has no line of them; `hint`: what to do if one is not there."""
+    """`header`: names of the columns if the file has no line of them; `tokens`: columns of ids and classes, first the
+    users'; `hint`: what to do if a column is not there."""
     names = [name.strip() for name in header.split(",")] if header else None
     try:
         form = parquet_names if path.endswith((".parquet", ".pq")) else text_names
@@ -79,7 +82,7 @@ def read(
     except (ValueError, OSError, EOFError, csv.Error, zlib.error) as error:
         raise InputError(f"{path} cannot be read as a table: {' '.join(str(error).split())[:120]}") from None
     for name in tokens:
-        frame[name] = writable(as_tokens(frame[name]), path, name)
+        frame[name] = writable(as_tokens(frame[name]), path, name, UNFIT_USER if name == tokens[0] else UNFIT)
     places = [in_order(frame[name], path, name) for name in order]
     complete = np.logical_and.reduce([frame[name].notna() for name in tokens] + [place.notna() for place in places])
     return Table(
@@ -98,7 +101,7 @@ def open_bytes(path: str) -> BinaryIO:
 def separator_of(line: str, path: str) -> str:
     separator = next((each for each in SEPARATORS if each in line), None)
     if separator is None:
-        raise InputError(f"{path}: no tab, comma, | or :: in its first line, {line[:60]!r}, so this is no table")
+        raise InputError(f"{path}: no tab, comma, |, ; or :: in its first line, {line[:60]!r}, so this is no table")
     if separator == "::" and ":" in line.replace("::", ""):
         raise InputError(f"{path}: a single : in its first line, {line[:60]!r}: use tabs in place of ::")
     return separator
@@ -125,31 +128,34 @@ def read_text(
 ) -> pd.DataFrame:
     """The wanted columns, tokens as categories; a row of more values than the first line has is refused."""
     with open_bytes(path) as file:
-        separator = separator_of(file.readline(1 << 20).decode("utf-8-sig").rstrip("\r\n"), path)
+        first_line = file.readline(1 << 20)
+        separator = separator_of(first_line.decode("utf-8-sig").rstrip("\r\n"), path)
         if header:
-            file.seek(0)
+            file.seek(len(codecs.BOM_UTF8) if first_line.startswith(codecs.BOM_UTF8) else 0)
         # `::` is taken as `:`, an empty column and `:`, which pandas reads with its fast parser.
         step = len(separator)
-        places = [found.index(name) * step for name in wanted] + [len(found) * step]
         # With `usecols`, pandas cuts longer rows short without a word, so the header makes room for one value more.
+        columns = {found.index(name) * step: name for name in wanted} | {len(found) * step: SURPLUS}
+        columns |= {2 * number + 1: f"{SURPLUS}, {number}" for number in range(len(found)) if step == 2}
+        empty = [name for name in columns.values() if name not in wanted]
         frame = pd.read_csv(
             Headed(separator.encode() * len(found) + b"\n", file),
             sep=separator[0],
             header=0,
-            names=[*wanted, SURPLUS],
-            usecols=places,
-            dtype={name: "category" for name in (*tokens, SURPLUS)},
+            names=[columns[place] for place in sorted(columns)],
+            usecols=sorted(columns),
+            dtype={name: "category" for name in (*tokens, *empty)},
             keep_default_na=False,
-            na_values={name: NO_TOKEN if name in tokens else NO_VALUE for name in (*wanted, SURPLUS)},
+            na_values={name: NO_TOKEN if name in tokens else NO_VALUE for name in columns.values()},
             low_memory=False,  # in parts, categories are merged slowly, and a column may be part numbers, part text
         )
-    surplus = frame.pop(SURPLUS).notna().to_numpy()
+    surplus = frame[empty].notna().any(axis=1).to_numpy()
     if surplus.any():
         raise InputError(
             f"{path}, row {surplus.argmax() + 1}: more than {len(found)} values: put text that holds a "
-            f"{separator!r} in double quotes"
+            f"{separator[0]!r} in double quotes"
         )
-    return frame
+    return frame[wanted]
 
 
 def parquet_names(path: str, names: Sequence[str] | None) -> list[str]:
@@ -182,10 +188,10 @@ def as_tokens(column: pd.Series) -> pd.Categorical:
     return pd.Categorical.from_codes(np.append(merged, -1)[codes], distinct)
 
 
-def writable(column: pd.Categorical, path: str, name: str) -> pd.Categorical:
+def writable(column: pd.Categorical, path: str, name: str, unfit_text: re.Pattern) -> pd.Categorical:
     """The column itself; InputError names the first row whose token a task file cannot hold."""
     texts = column.categories
-    unfit = np.array([bool(UNFIT.search(text)) or len(text.encode()) > MAX_TOKEN_BYTES for text in texts], bool)
+    unfit = np.array([bool(unfit_text.search(text)) or len(text.encode()) > MAX_TOKEN_BYTES for text in texts], bool)
     if unfit.any():
         row = int(np.append(unfit, False)[column.codes].argmax())
         raise InputError(
@@ -228,9 +234,9 @@ def meets(frame: pd.DataFrame, condition: str, path: str, found: Sequence[str]) 
     except REFUSALS as error:
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"condition {condition!r}: {reason} ({path} has {', '.join(found)})") from None
-    if not isinstance(met, pd.Series) or met.dtype != bool:
+    if not isinstance(met, pd.Series) or not pd.api.types.is_bool_dtype(met):
         raise InputError(f"condition {condition!r} is no comparison of columns, such as rating >= 4 and rating < 5")
-    return met.to_numpy()
+    return met.fillna(False).to_numpy(bool)
 
 
 def comparable(column: pd.Series) -> pd.Series | np.ndarray:

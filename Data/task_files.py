@@ -1,6 +1,7 @@
 """The task files that the scripts look for in Data/Session, written by whatever makes data."""
 
-from collections.abc import Iterable, Sequence
+import shlex
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from files import whole_file
@@ -8,6 +9,7 @@ from settings import InputError
 
 SESSION = Path(__file__).resolve().parent / "Session"  # where the scripts look
 SCRIPTS = ("pretrain", "click", "like", "gender")  # whose file conure_tp_t1.py, …, conure_tp_t4.py reads by default
+CLASSES = "gender"  # of them the one whose script learns classes
 LONG_NAMES = {"click": "finetune_click_nouserID", "like": "finetune_like_nouserID"}  # as the authors have them
 
 
@@ -21,7 +23,8 @@ def refuse_what_is_there(folder: str, files: Iterable[str], overwrite: bool) -> 
     there = [path for path in paths if path.exists()]
     if there and not overwrite:
         raise InputError(f"{there[0]} is there already: give --overwrite to replace it, or another --output_dir")
-    if others := sorted(set(Path(folder).glob("original_desen_*.csv")) - set(paths)):
+    found = {path for pattern in ("original_desen_*.csv", "users*.csv") for path in Path(folder).glob(pattern)}
+    if others := sorted(found - set(paths)):
         raise InputError(f"{others[0]} is of other data: remove it, or give another --output_dir")
 
 
@@ -33,12 +36,16 @@ def write_files(folder: str, files: dict[str, Iterable[str]], overwrite: bool) -
             file.writelines(f"{line}\n".encode() for line in lines)
 
 
-def print_next_steps(folder: str, names: Sequence[str]) -> None:
-    """Which script reads which file; `names` are those of tasks 1, 2, 3, …"""
+def print_next_steps(folder: str, names: Sequence[str], classes: Collection[str]) -> None:
+    """Which script reads which file; `names` are those of tasks 1, 2, 3, …, `classes` those among them with classes."""
+    elsewhere = Path(folder).resolve() != SESSION
+    apart = {"index_path": "index.csv", "checkpoint_dir": "checkpoints"} if elsewhere else {}
     for task, name in enumerate(names, 1):
-        path = Path(folder) / file_of(name)
-        usual = task <= len(SCRIPTS) and path.resolve() == SESSION / file_of(SCRIPTS[task - 1])
-        command = f"python conure_tp_t{task}.py" + ("" if usual else f" --data_path {path}")
-        if task > len(SCRIPTS):
-            command = 'see "Adding a task" in README.md'
+        if task <= len(SCRIPTS) and (name in classes) == (SCRIPTS[task - 1] == CLASSES):
+            usual = not elsewhere and name == SCRIPTS[task - 1]
+            given = ({} if usual else {"data_path": file_of(name)}) | apart
+            flags = (f" --{flag} {shlex.quote(str(Path(folder) / place))}" for flag, place in given.items())
+            command = f"python conure_tp_t{task}.py" + "".join(flags)
+        else:
+            command = f'of {"classes" if name in classes else "items"}, see "Adding a task" in README.md'
         print(f"next: {command}" if task == 1 else f"task {task}, {name}: {command}")

@@ -2,7 +2,8 @@
 
 The matrix rate is measured in the same process, and operations are counted as they are done: 2 a multiplication and
 addition, none for what is skipped. With --compare, other ways to do the step take turns with it: for task 1 the
-published one, for later ones that which computes every state. WRITES a line to benchmarks/results/train_step.csv.
+published one, for later ones that which computes every state, and with dropout the same step without. WRITES a line to
+benchmarks/results/train_step.csv.
 """
 
 import copy
@@ -35,6 +36,7 @@ class Hyperparameters:
     dilations: tuple[int, ...] = (1, 4, 1, 4, 1, 4, 1, 4)  # one residual block each
     kernel_size: int = 3  # taps of every convolution
     negative_fraction: float = 0.2  # share of the items sampled as negatives each step; 1: full softmax
+    dropout: float = 0.0  # share of the activations that a step leaves out
     precision: str = "float32"  # of matrix products: float32 or bfloat16
     compile: bool = False  # with torch.compile
     steps: int = 9  # that are timed; the median is reported
@@ -106,7 +108,12 @@ def ways_to_step(hp: Hyperparameters, model: NextItNet, time: int) -> dict[str, 
         objective = training.Objective(loss, model, reading, generator, precision)
         return stepper(objective, model.train_only(reading), batch)
 
+    model.dropout.p = hp.dropout
     steps = {"ours": step_of(model)}
+    if hp.compare and hp.dropout:
+        plain = copy.deepcopy(model)
+        plain.dropout.p = 0.0
+        steps["without_dropout"] = step_of(plain)
     if hp.compare and hp.task == 1:
         published = Published(hp.items, hp.channels, hp.dilations, hp.kernel_size).to(bench.device())
         steps["published"] = stepper(published, list(published.parameters()), [x.to(bench.device()) for x in batch])
@@ -143,6 +150,8 @@ def main(hp: Hyperparameters) -> None:
         heads_mb=megabytes(model.heads),
         times_published=seconds["published"] / seconds["ours"] if "published" in seconds else "",
         share_of_full_step=seconds["ours"] / seconds["full"] if "full" in seconds else "",
+        dropout=hp.dropout,
+        times_without_dropout=seconds["ours"] / seconds["without_dropout"] if "without_dropout" in seconds else "",
     )
 
 

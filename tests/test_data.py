@@ -171,12 +171,25 @@ def test_task_1_refuses_what_is_no_sequence(tmp_path, content):
 def test_the_index_is_written_and_read_back(tmp_path):
     path = str(tmp_path / "index.csv")
     items = Vocabulary(["<UNK>", 'quo"ted', "NA", "007", "ä", "it's", "back\\slash"])
-    items.write(path)
+    items.write(path, overwrite=False)
+    items.write(path, overwrite=False)
     assert Path(path).read_text().splitlines()[:2] == ["token,id", "<UNK>,0"]
     assert data_loader.read_index(path).ids == items.ids
     Path(path).write_text(repr(items.ids))
     assert data_loader.read_index(path).ids == items.ids
     assert Vocabulary.from_tensor(items.to_tensor()).tokens == items.tokens
+
+
+def test_the_index_of_other_data_is_kept_unless_it_is_to_be_overwritten(tmp_path):
+    """As the checkpoints made with it cannot be trained on without it."""
+    path, others = tmp_path / "index.csv", Vocabulary(["<UNK>", "b", "a"])
+    Vocabulary(["<UNK>", "a", "b"]).write(str(path), overwrite=False)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="ids of other data.* another --index_path"):
+        others.write(str(path), overwrite=False)
+    assert path.read_bytes() == before
+    others.write(str(path), overwrite=True)
+    assert data_loader.read_index(str(path)).ids == others.ids
 
 
 @pytest.mark.parametrize(

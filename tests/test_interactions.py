@@ -187,20 +187,26 @@ def test_the_report_fits_and_tells_what_reads_each_file(make):
     rows = {line.split()[1]: line.split()[2:] for line in lines if re.match(r" ?\d+ ", line)}
     assert rows["pretrain.csv"] == ["4", "12", "12", "3", "3"]
     assert rows["later.csv"] == ["4", "7", "7", "3", "3"] and rows["finetune_click_nouserID.csv"][:3] == ["3", "3", "3"]
-    path = Path("out") / file_of("later")
-    assert f"task 2, later: python conure_tp_t2.py --data_path {path}" in lines
-    assert 'task 5, d: see "Adding a task" in README.md' in lines
-    assert f"next: python conure_tp_t1.py --data_path {Path('out') / file_of('pretrain')}" in lines
+    apart = "--index_path out/index.csv --checkpoint_dir out/checkpoints"
+    assert f"task 2, later: python conure_tp_t2.py --data_path out/{file_of('later')} {apart}" in lines
+    assert 'task 5, d: of items, see "Adding a task" in README.md' in lines
+    assert f"next: python conure_tp_t1.py --data_path out/{file_of('pretrain')} {apart}" in lines
 
 
 def test_files_where_the_scripts_look_are_not_named_again(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    print_next_steps("Data/Session", ["pretrain", "click", "gender", "like"])
+    print_next_steps("Data/Session", ["pretrain", "click", "gender", "gender"], {"gender"})
     assert capsys.readouterr().out.splitlines() == [
         "next: python conure_tp_t1.py",
         "task 2, click: python conure_tp_t2.py",
-        f"task 3, gender: python conure_tp_t3.py --data_path Data/Session/{file_of('gender')}",
-        f"task 4, like: python conure_tp_t4.py --data_path Data/Session/{file_of('like')}",
+        'task 3, gender: of classes, see "Adding a task" in README.md',
+        "task 4, gender: python conure_tp_t4.py",
+    ]
+    print_next_steps("a b", ["pretrain", "click", "like", "shares"], set())
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        f"task 3, like: python conure_tp_t3.py --data_path 'a b/{file_of('like')}' --index_path 'a b/index.csv' "
+        "--checkpoint_dir 'a b/checkpoints'",
+        'task 4, shares: of items, see "Adding a task" in README.md',
     ]
 
 
@@ -212,7 +218,7 @@ def test_very_many_targets_take_several_lines_that_the_scripts_can_read(make):
     assert len(data.targets) == 2 * (12_000 - 12)
 
 
-@pytest.mark.parametrize("separator, name", [(",", "t.csv"), ("\t", "t.tsv"), ("|", "t.dat"), ("::", "t.dat")])
+@pytest.mark.parametrize("separator, name", [(",", "t.csv"), ("\t", "t.tsv"), ("|", "t.dat"), (";", "t.csv"), ("::", "t.dat")])
 def test_separators(make, separator, name):
     rows = [(user, f"x y{time}", time) for user in "ab" for time in range(10)]
     content = table(rows).replace(",", separator)
@@ -222,6 +228,7 @@ def test_separators(make, separator, name):
     bare = content.split("\n", 1)[1].replace("\n", "\r\n")
     flags = ["--columns", "user_id,item_id,timestamp", "--history", "1", "--length", "4"]
     assert make({name: bare}, *flags)[1]["pretrain"] == expected
+    assert make({name: "\ufeff" + bare}, *flags)[1]["pretrain"] == expected
 
 
 def test_parquet(make, tmp_path):
@@ -230,10 +237,12 @@ def test_parquet(make, tmp_path):
     rows["timestamp"] = pd.to_datetime(rows["timestamp"], unit="D")
     rows["item_id"] = rows["timestamp"].dt.day.astype(float)
     rows.loc[3, "item_id"] = np.nan
+    rows["stars"] = pd.array([1] * 19 + [pd.NA], dtype="Int64")  # the last row of user b
     rows.sample(frac=1, random_state=1).to_parquet(tmp_path / "rows.parquet")
     flags = ["--interactions", "rows.parquet", "--history", "1", "--length", "3", "--task", "gone=rows.csv"]
+    flags += ["--where", "stars == 1"]
     _, files = make({"rows.csv": "user_id,item_id,timestamp\na,1,2024-01-01\nb,2,2024-01-01\n"}, *flags)
-    assert files["pretrain"] == ["8,9,10"] * 2 and files["gone"] == ["8,9,10,,1", "8,9,10,,2"]
+    assert files["pretrain"] == ["8,9,10", "7,8,9"] and files["gone"] == ["8,9,10,,1", "7,8,9,,2"]
 
 
 def test_parquet_without_pyarrow_names_it(refused, monkeypatch):
@@ -252,12 +261,13 @@ USERS = ROWS | {"users.csv": "user_id,age\na,1\nb,2\n"}
         (ROWS, ["--user", "userId"], "no column 'userId': it has user_id, item_id, timestamp; name yours with --user"),
         (ROWS, ["--order", "time"], '(--order "": as in the file)'),
         ({"rows.csv": "user_id,item_id,item_id\na,1,2\n"}, ["--order", ""], "more than one column 'item_id'"),
-        ({"rows.csv": "user_id\n1\n"}, [], "no tab, comma, | or ::"),
+        ({"rows.csv": "user_id\n1\n"}, [], "no tab, comma, |, ; or ::"),
         ({"rows.csv": b"user_id,item_id,timestamp\na,\xe9,1\n"}, [], "is not UTF-8 text"),
         ({"rows.csv": "user_id,item_id,timestamp\n"}, [], "has no row with a user and an item"),
         ({"rows.csv": "user_id,item_id,timestamp\na,b,1\na,b,c,2\n"}, [], "row 2: more than 3 values"),
+        ({"rows.csv": "user_id::item_id::timestamp\na::b::1\na::b:c::2\n"}, [], "row 2: more than 3 values: put text"),
         ({"rows.csv": 'user_id,item_id,timestamp\na,b,1\na,"b,c",2\n'}, [], "row 2: item_id 'b,c' cannot stand"),
-        ({"rows.csv": "user_id,item_id,timestamp\n<UNK>,b,1\n"}, [], "row 1: user_id '<UNK>' cannot stand"),
+        ({"rows.csv": "user_id,item_id,timestamp\na,<UNK>,1\n"}, [], "row 1: item_id '<UNK>' cannot stand"),
         ({"rows.csv": "user_id,item_id,timestamp\na,item_0,1\n"}, [], "has an item item_0"),
         ({"rows.csv": "user_id,item_id,timestamp\na,b,1\na,c,May\n"}, [], "row 2: timestamp 'May' is neither a number"),
         ({"rows.csv.gz": b"not gzip"}, [], "cannot be read as a table"),
@@ -275,7 +285,7 @@ USERS = ROWS | {"users.csv": "user_id,age\na,1\nb,2\n"}
         (ROWS, ["--task", "click=later where timestamp = 3"], "is no comparison of columns"),
         (ROWS, ["--task", "click=later where item_id > 3"], "condition 'item_id > 3'"),
         (ROWS, ["--task", "click=rows.csv"], "is --interactions itself: write click=later"),
-        (ROWS, ["--task", "click=nowhere.csv"], "nowhere.csv does not exist"),
+        (ROWS, ["--task", "click=nowhere.csv"], "nowhere.csv: no such file; or write `later`"),
         (ROWS, ["--task", "age=users.age"], "give --users"),
         (USERS, ["--users", "users.csv", "--task", "sex=users.sex"], "no column 'sex': it has user_id, age"),
         (ROWS | {"b.csv": table([("a", "x", "2024-01-01")])}, ["--task", "b=b.csv"], "one is ordered by dates"),

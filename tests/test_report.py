@@ -17,7 +17,9 @@ from conftest import ROOT, STAGES, run_module
 import checkpoint
 import pruning
 from nextitnet import NextItNet
+from settings import InputError
 from tools import chain as chains
+from tools import history
 from tools import report
 
 VOID = {"meta", "img", "source", "wbr", "br"}
@@ -113,7 +115,9 @@ def break_a_weight(model: NextItNet) -> None:
 @draws
 def test_the_page_needs_no_other_file(written):
     _, folder, printed = written
-    assert printed.splitlines() == [f"wrote {folder / name}" for name in
+    *wrote, last = printed.splitlines()
+    assert last == f"next: open {folder / 'report.html'} in a browser"
+    assert wrote == [f"wrote {folder / name}" for name in
                                     ("learning_curves.png", "ownership.png", "report.html")]  # fmt: skip
     assert {path.name for path in folder.iterdir()} == {"learning_curves.png", "ownership.png", "report.html"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png"))
@@ -225,7 +229,7 @@ def test_room_is_what_pruning_would_do(chain):
 
 
 def test_a_history_is_the_way_of_the_state_that_was_kept(chain):
-    first, *_, last = chains.histories(str(chain[0] / "checkpoints"))
+    first, *_, last = history.histories(str(chain[0] / "checkpoints"))
     results = pd.read_csv(chain[0] / "checkpoints" / "results.csv", float_precision="round_trip")
     results = results.query("task == 1 and split == 'validation'")
     tp, pruned, ret = (results[results["stage"] == stage]["mrr@5"].tolist() for stage in ("tp", "pruned", "ret"))
@@ -239,9 +243,9 @@ def test_a_history_is_the_way_of_the_state_that_was_kept(chain):
 def test_a_history_without_its_beginning(chain, tmp_path):
     results = pd.read_csv(chain[0] / "checkpoints" / "results.csv", dtype=str)
     results.query("task == '1' and stage == 'ret'").to_csv(tmp_path / "results.csv", index=False)
-    [history] = chains.histories(str(tmp_path))
-    assert history.curves.keys() == {"ret"} and history.curves["ret"][0][0] == 0 and history.pruned is None
-    assert history.kept["ret"] == max(history.curves["ret"], key=lambda point: point[1])
+    [only] = history.histories(str(tmp_path))
+    assert only.curves.keys() == {"ret"} and only.curves["ret"][0][0] == 0 and only.pruned is None
+    assert only.kept["ret"] == max(only.curves["ret"], key=lambda point: point[1])
 
 
 @pytest.fixture
@@ -314,3 +318,14 @@ def test_matplotlib_is_asked_for_by_name(chain, tmp_path):
     assert done.stderr == "error: the pictures take matplotlib: .venv/bin/python -m pip install matplotlib\n"
     helped = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert helped.returncode == 0 and "WRITES report.html" in helped.stdout
+
+
+def test_models_that_are_no_chain_are_refused(chain, tmp_path):
+    """A folder of a model for each task, as some methods of tools/baselines.py leave it."""
+    for name in ("ret_t1.pt", "ret_t2.pt"):
+        content, _ = checkpoint.load(str(chain[0] / "checkpoints" / name))
+        if name == "ret_t2.pt":
+            del content["tasks"][1]
+        checkpoint.save(str(tmp_path / name), content | {"lineage": {}})
+    with pytest.raises(InputError, match="has not learned task 1: they are no chain"):
+        chains.read(str(tmp_path), "", CPU)

@@ -58,7 +58,7 @@ def test_a_finished_stage_says_so_and_changes_nothing(chain, copy, run_here):
     assert "tp_t2.pt is finished; --overwrite does it over\nnext: python conure_ret_t2.py" in output
     assert files_in(copy / "checkpoints") == before
     error = refused(run_here("conure_tp_t2.py", *flags(copy, 2), *settings[2:]))
-    assert "was made with epochs 6 (now 15): --overwrite" in error
+    assert "was made with epochs 6 (now 15): the stage is finished: go on with `python conure_ret_t2.py " in error
     assert files_in(copy / "checkpoints") == before
 
 
@@ -79,6 +79,8 @@ def test_overwriting_a_stage_replaces_its_results_and_makes_what_follows_stale(c
     table = pd.read_csv(copy / "checkpoints" / "results.csv")
     again = table[(table["task"] == 2) & table["stage"].isin(["tp", "pruned"])]
     assert len(again) == output.count("RESULT") == 5
+    later = "ret_t2.pt, tp_t3.pt, ret_t3.pt, tp_t4.pt, ret_t4.pt"
+    assert f"tp_t2.pt is done over, and what goes back to it has to be afterwards: {later}\n" in output
     for script in ("conure_ret_t2.py", "conure_tp_t3.py", "conure_ret_t4.py"):
         task = int(script[-4])
         error = refused(run_here(script, *flags(copy, task)))

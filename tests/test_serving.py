@@ -58,13 +58,9 @@ def inputs_of(chain, task) -> torch.Tensor:
 
 @pytest.mark.parametrize("task", [1, 2, 4])
 def test_representations_are_the_models_bit_by_bit_whatever_it_has_learned_since(chain, serving, tool, tmp_path, task):
-    written = []
-    for number, source in enumerate((f"ret_t{task}.pt", "ret_t4.pt")):
-        output = tmp_path / f"{number}.npy"
-        data = chain[0] / "Data" / FILES[task]
-        tool("represent", "--task", task, "--serving", serving(task, source), "--data_path", data, "--output", output)
-        written.append(output.read_bytes())
-    assert written[0] == written[1]
+    served, output, data = serving(task), tmp_path / "users.npy", chain[0] / "Data" / FILES[task]
+    assert served.read_bytes() == serving(task, f"ret_t{task}.pt").read_bytes()
+    tool("represent", "--task", task, "--serving", served, "--data_path", data, "--output", output)
     users, inputs = np.load(output), inputs_of(chain, task)
     assert users.dtype == np.float32 and users.shape == (len(inputs), 32)
     with torch.no_grad():
@@ -233,9 +229,16 @@ def test_what_cannot_be_served_is_refused_in_one_line(chain, serving, run_here, 
     assert "fewer lines" in refused(run_here(*represent, "--task", "2", "--ids", str(tmp_path / "ids")))
     (tmp_path / "ids").write_text("a\n" * 5000)
     assert "more lines" in refused(run_here(*represent, "--task", "2", "--ids", str(tmp_path / "ids")))
+    (tmp_path / "ids").write_bytes(b"Jos\xe9\n" * 1500)
+    assert "ids cannot be read ('utf-8'" in refused(run_here(*represent, "--task", "2", "--ids", str(tmp_path / "ids")))
+    error = refused(run_here(*represent, "--task", "2", "--data_path", str(tmp_path)))
+    assert error.startswith(f"error: {tmp_path} cannot be read (Is a directory)")
     assert not (tmp_path / "u.npy").exists()
     missing = ["tools/recommend.py", *source[2:], "--serving", str(tmp_path / "none"), "--task", "2"]
-    assert "run `python -m tools.export --task 2` first" in refused(run_here(*missing))
+    wanted = f"run `python -m tools.export --task 2 --output {tmp_path / 'none'}` first"
+    assert wanted in refused(run_here(*missing))
+    classes = ["tools/recommend.py", "--task", "4", "--serving", str(serving(4)), "--exclude_seen"]
+    assert "--exclude_seen is for tasks of items" in refused(run_here(*classes))
     bits = bytearray(Path(served).read_bytes())
     bits[len(bits) // 2] ^= 1
     Path(served).write_bytes(bits)

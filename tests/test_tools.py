@@ -1,9 +1,11 @@
 """The tools: the comparisons and the capacity of a model, on the demo data with tiny models."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -75,20 +77,57 @@ def test_one_method_alone(demo, tmp_path):
     assert set(pd.read_csv(tmp_path / "baselines_FineHead.csv")["method"]) == {"FineHead"}
 
 
-def test_ctrl_c_leaves_a_run_unfinished(demo, tmp_path):
+@pytest.fixture
+def endless(demo, tmp_path) -> Iterator[subprocess.Popen]:
+    """A comparison that would go on for ever, once two seeds are being learned at a time."""
     flags = ["--data_dir", str(demo / "Data"), "--output_dir", str(tmp_path), "--only", "SinMo", *SMALL]
     command = [sys.executable, "-m", "tools.baselines", *flags, "--first_epochs", "100000"]
     streams = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     # As in a terminal, where it is not ignored; a shell's background jobs, these tests among them, ignore it.
     heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(command, cwd=ROOT, preexec_fn=heeded, **streams)
-    while not list(tmp_path.rglob("*.snapshot.pt")):
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    process = subprocess.Popen(command, cwd=ROOT, preexec_fn=heeded, env=environment, **streams)
+    while len(list(tmp_path.rglob("*.snapshot.pt"))) < 2:
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 130 and "goes on from the last snapshot" in error
+    yield process
+    process.kill()
+
+
+def workers(process: subprocess.Popen) -> list[int]:
+    """The processes that learn a seed each."""
+    listed = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True)
+    return [int(number) for number in listed.stdout.split()]
+
+
+def wait_for_the_end_of(numbers: list[int]) -> None:
+    while any(Path(f"/proc/{number}").exists() for number in numbers):
+        time.sleep(0.05)
+
+
+def test_ctrl_c_leaves_a_run_unfinished(endless, tmp_path):
+    numbers = workers(endless)
+    for number in (endless.pid, *numbers):  # as a terminal does
+        os.kill(number, signal.SIGINT)
+    _, error = endless.communicate(timeout=120)
+    assert endless.returncode == 130 and "goes on from the last snapshot" in error and "Traceback" not in error
+    wait_for_the_end_of(numbers)
     assert {path.name for path in tmp_path.rglob("*.pt")} == {"tp_t1.snapshot.pt"}
+
+
+def test_a_seed_whose_process_is_killed_ends_the_others_with_one_line(endless):
+    numbers = workers(endless)
+    assert len(numbers) == 2
+    os.kill(numbers[0], signal.SIGKILL)
+    _, error = endless.communicate(timeout=120)
+    assert endless.returncode == 2 and error.startswith("error: a seed's process was killed")
+    wait_for_the_end_of(numbers)
+
+
+def test_the_seeds_end_with_the_process_that_started_them(endless):
+    numbers = workers(endless)
+    endless.kill()
+    wait_for_the_end_of(numbers)
 
 
 def test_an_unknown_method_is_refused(run_here):

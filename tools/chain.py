@@ -1,5 +1,5 @@
 """What a folder of checkpoints tells: every task's score after every stage, what was forgotten, who owns which weight,
-how many more tasks fit, and how each task came to its score."""
+how many more tasks fit."""
 
 import hashlib
 import os
@@ -11,20 +11,15 @@ from typing import Any, NamedTuple
 from settings import InputError  # isort: skip (before torch, whose threads it tells how to wait)
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
 import checkpoint
-import data_loader
-import evaluate
-import metrics
 import pruning
+import rescoring
 from nextitnet import NextItNet
-from reporting import SCORES
 
 Stage = tuple[int, str]  # task, and tp or ret
-Point = tuple[float, float]  # epoch, counted through tp and then ret; score
 
 
 class Cell(NamedTuple):
@@ -97,13 +92,13 @@ def recorded(record: dict[str, Any]) -> Cell | None:
 def read(folder: str, data_dir: str, device: torch.device) -> Chain:
     """Goes through the checkpoints of `folder`, in order, with one of them in memory at a time.
 
-    InputError if there is none, as checkpoint.load, and as evaluate.load_data where a task has to be scored anew.
+    InputError if there is none, as checkpoint.load, and as rescoring.load_data where a task has to be scored anew.
     """
     checkpoint.newest(folder)  # which says what to run where there is none
     chain, seen = Chain(folder), {}  # seen: for each task what it read when it was last scored
     for path in sorted(filter(checkpoint.stage_of, os.listdir(folder)), key=checkpoint.order_of):
         content, _ = checkpoint.load(os.path.join(folder, path))
-        model, stage = checkpoint.build_model(content), checkpoint.stage_of(path)
+        model, stage = model_of(content, os.path.join(folder, path)), checkpoint.stage_of(path)
         shared = fingerprint(shared_by_all(model, content))
         for task, record in sorted(content["tasks"].items()):
             reads = shared + fingerprint(read_by(model, task, record))
@@ -112,14 +107,24 @@ def read(folder: str, data_dir: str, device: torch.device) -> Chain:
             elif seen.get(task) == reads:
                 cell = chain.cells[task, chain.stages[-1]]._replace(source="same")
             else:
-                cell = cell_of(score(content, model, task, data_dir, device), "scored")
+                cell = cell_of(rescoring.score(task, content, model, data_dir, device)["test"], "scored")
             seen[task] = reads
             chain.cells[task, stage] = cell
         chain.stages.append(stage)
         chain.versions[stage] = content["versions"]
+    if others := {task for task, _ in chain.cells} - set(content["tasks"]):
+        raise InputError(f"{path} in {folder} has not learned task {min(others)}: they are no chain, but models apart")
     chain.records, chain.items = dict(sorted(content["tasks"].items())), len(model.embedding.weight)
     chain.layers = list(layers_of(model))
     return chain
+
+
+def model_of(content: dict[str, Any], path: str) -> NextItNet:
+    """The checkpoint's model; InputError if it is another network, as some of tools/baselines.py are."""
+    try:
+        return checkpoint.build_model(content)
+    except RuntimeError:
+        raise InputError(f"{path} holds another network than the scripts train") from None
 
 
 def shared_by_all(model: NextItNet, content: dict[str, Any]) -> Iterable[Tensor]:
@@ -147,17 +152,8 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(str(tuple(tensor.shape)).encode())
-        digest.update(tensor.detach().reshape(-1).numpy())
+        digest.update(tensor.detach().cpu().reshape(-1).numpy())
     return digest.hexdigest()
-
-
-def score(
-    content: dict[str, Any], model: NextItNet, task: int, data_dir: str, device: torch.device
-) -> dict[str, float]:
-    """The task's scores on its test part, as evaluate.py counts them."""
-    record, items = content["tasks"][task], data_loader.Vocabulary.from_tensor(content["items"])
-    data, reading = evaluate.load_data(task, record, items, data_dir), checkpoint.reading_of(task, record["state"])
-    return metrics.evaluate(model.to(device), data, reading, record["metric"], record["top_k"], device)["test"]
 
 
 def layers_of(model: NextItNet) -> Iterable[Layer]:
@@ -188,7 +184,8 @@ def transfer(after: dict[int, dict[int, float]], tasks: list[int]) -> Transfer:
     average = float(np.mean([now[task] for task in tasks]))
     if not earlier:
         return Transfer(average, None, None)
-    best = {task: max(scores[task] for l, scores in after.items() if l < last and task in scores) for task in earlier}
+    before = [scores for learned, scores in after.items() if learned < last]
+    best = {task: max(scores[task] for scores in before if task in scores) for task in earlier}
     return Transfer(
         average,
         float(np.mean([now[task] - after[task][task] for task in earlier])),
@@ -223,46 +220,3 @@ def room(layers: list[Layer], ratios: list[float]) -> list[Room]:
         ratios = [*ratios, ratios[-1]]
         rooms.append(Room(len(ratios), sum(kept), sum(free)))
     return rooms
-
-
-class History(NamedTuple):
-    """A task's way through its stages."""
-
-    task: int
-    name: str  # of the score; of two, if they differ between stages
-    curves: dict[str, list[Point]]  # tp and ret: validation scores
-    kept: dict[str, Point]  # tp and ret: the state that was kept, which is the best on validation
-    pruned: Point | None  # its validation score after pruning, where tp ends
-    test: dict[str, Point]  # tp, pruned and ret: score of the kept state on test
-
-
-def histories(folder: str) -> list[History]:
-    """Every task in results.csv; InputError if it is missing or another table."""
-    path = os.path.join(folder, "results.csv")
-    if not os.path.exists(path):
-        raise InputError(f"{path} does not exist: the scripts write it beside their checkpoints")
-    try:
-        table = pd.read_csv(path, dtype={"task": int, "epoch": float}, float_precision="round_trip")
-    except ValueError:
-        table = pd.DataFrame()
-    if not {"task", "stage", "split", "epoch"} <= set(table) or not any(name.startswith(SCORES) for name in table):
-        raise InputError(f"{path} is not the table that the scripts write: put that back")
-    return [history(task, rows) for task, rows in table.groupby("task")]
-
-
-def history(task: int, rows: pd.DataFrame) -> History:
-    """The rows of results.csv of one task, as points; ret is counted on from the end of tp, where pruning is."""
-    names = [name for name in rows if name.startswith(SCORES)]
-    rows = rows.assign(name=rows[names].notna().idxmax(axis=1), score=rows[names].bfill(axis=1).iloc[:, 0])
-    end = rows["epoch"].where(rows["stage"] == "tp", 0.0).max()
-    rows.loc[rows["stage"] == "pruned", "epoch"] = end
-    rows.loc[rows["stage"] == "ret", "epoch"] += end
-    points = {key: list(zip(part["epoch"].tolist(), part["score"].tolist()))
-              for key, part in rows.groupby(["stage", "split"])}  # fmt: skip
-    test = {stage: points[stage, "test"][-1] for stage in ("tp", "pruned", "ret") if (stage, "test") in points}
-    curves = {stage: points[stage, "validation"] for stage in ("tp", "ret") if (stage, "validation") in points}
-    kept = {}
-    for stage, curve in curves.items():
-        kept |= {stage: point for point in curve if stage in test and point[0] == test[stage][0]}
-    pruned = points.get(("pruned", "validation"), [None])[-1]
-    return History(int(task), ", then ".join(rows["name"].unique()), curves, kept, pruned, test)

@@ -3,10 +3,12 @@
 READS  the newest checkpoint in checkpoint_dir (or the one named); the task may be any that it has learned
 WRITES output, for tools.represent and tools.recommend; program, if a name is given: the task as a torch.export program,
        which runs without this suite's code:
-           program = torch.export.load("task.pt2").module()
+           lists = {"items.txt": "", "targets.txt": ""}
+           program = torch.export.load("task.pt2", extra_files=lists).module()
            users, scores = program(ids)     ids (B, length) int64 → (B, channels), (B, targets) float32
-       Its lists of tokens are the extra files items.txt and targets.txt: the id of a token is the number of its line,
-       from 0. Rows shorter than `length` start with the id of the token 0, which is padding; unknown tokens are 0.
+       The id of a token is the number of its line in the list, from 0. Rows shorter than `length`, which is printed,
+       begin with the id of the token 0: padding, which in task 1 has a score too. Unknown tokens have the id 0, whose
+       score is -inf.
 PRINTS a table of sizes beside the checkpoint's
 NEXT   python -m tools.represent, python -m tools.recommend
 """
@@ -23,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
-from files import save_sealed, whole_file
+from files import save_sealed, torch_writing, whole_file
 from nextitnet import NextItNet
 from settings import InputError
 from tools import serving
@@ -76,13 +78,13 @@ class Program(nn.Module):
 
 def write_program(path: str, content: dict[str, Any]) -> None:
     """The program takes any number of rows at a time."""
-    program = Program(serving.build_model(content), content["task"], content["length"]).eval()
+    program = Program(serving.build_model(content), content["task"], content["length"]).eval().requires_grad_(False)
     example = torch.zeros(2, content["length"], dtype=torch.int64)
     exported = torch.export.export(program, (example,), dynamic_shapes=({0: torch.export.Dim("rows")},))
     tokens = {f"{name}.txt": content[name].numpy().tobytes().decode() for name in ("items", "targets")}
-    with whole_file(path) as file:
+    with whole_file(path) as file, torch_writing():
         torch.export.save(exported, file, extra_files=tokens)
-    print(f"wrote {path} ({os.path.getsize(path) / 1e6:.2f} MB)")
+    print(f"wrote {path} ({os.path.getsize(path) / 1e6:.2f} MB, float32), for rows of length {content['length']}")
 
 
 def kind_of(name: str, task: int) -> str:
@@ -118,13 +120,13 @@ def print_sizes(before: dict[str, int], after: dict[str, int]) -> None:
 
 def main(hp: Hyperparameters) -> None:
     path = hp.checkpoint or checkpoint.newest(hp.checkpoint_dir)
-    content, digest = checkpoint.load(path)
+    content, _ = checkpoint.load(path)
     if hp.task not in content["tasks"]:
         raise InputError(f"{path} has learned tasks 1 to {max(content['tasks'])}: task {hp.task} is not among them")
     if hp.program and not hp.program.endswith(".pt2"):
         raise InputError(f"--program {hp.program}: the name must end with .pt2")
     print(f"checkpoint: {path}")
-    served = serving.extract(content, digest, hp.task, DTYPES[hp.dtype])
+    served = serving.extract(content, hp.task, DTYPES[hp.dtype])
     output = hp.output or serving.path_of(hp.checkpoint_dir, hp.task)
     save_sealed(output, served)
     print_sizes(sizes(content, hp.task), sizes(served, hp.task))

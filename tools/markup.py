@@ -35,7 +35,7 @@ def td(content: object, kind: str = "", title: str = "") -> Html:
     return element("td", content, class_=kind, title=title)
 
 
-def path(value: object) -> Html:
+def path_cell(value: object) -> Html:
     """A cell whose text may go on in a new line, rather after a slash than within a name."""
     return td(Html(html.escape(str(value)).replace("/", "/<wbr>")), "long")
 

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from files import whole_file
+from settings import InputError
 from tools import serving
 from training import pick_device
 
@@ -40,7 +41,11 @@ def table(users: list[str], targets: np.ndarray, scores: np.ndarray, tokens: np.
 
 
 def main(hp: Hyperparameters) -> None:
+    if hp.output:
+        hp.check_output(hp.output)
     served = serving.Served(hp, pick_device(hp.device))
+    if hp.exclude_seen and served.metric == "accuracy":
+        raise InputError(f"--exclude_seen is for tasks of items: task {hp.task} has classes, of which no row holds one")
     tokens = np.array(served.targets.tokens, dtype=object)
     with output_file(hp.output) as file:
         header = True
@@ -48,6 +53,8 @@ def main(hp: Hyperparameters) -> None:
             table(users, *served.best(ids, hp.top_k, hp.exclude_seen), tokens).to_csv(file, index=False, header=header)
             header = False
     print(served.said(), file=sys.stderr)
+    if hp.output:
+        print(f"wrote {hp.output}")
 
 
 if __name__ == "__main__":

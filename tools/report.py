@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import settings  # isort: skip (before torch, whose threads it tells how to wait)
 
 from files import whole_file
-from tools import chain
+from tools import chain, history
 from training import pick_device
 
 
 @dataclass
 class Hyperparameters:
     checkpoint_dir: str = "checkpoints"  # where the scripts wrote their checkpoints and results.csv
-    output_dir: str = "checkpoints/report"  # report.html and its pictures
+    output_dir: str = ""  # report.html and its pictures; empty: the folder `report` in checkpoint_dir
     data_dir: str = ""  # where the data files are; empty: where they were when the tasks were learned
     device: str = "auto"  # auto, cpu or cuda
 
@@ -26,7 +26,7 @@ class Hyperparameters:
 def main(hp: Hyperparameters) -> None:
     from tools import report_page, report_pictures  # only now, as they take matplotlib, and --help does not
 
-    histories = chain.histories(hp.checkpoint_dir)
+    histories = history.histories(hp.checkpoint_dir)
     whole = chain.read(hp.checkpoint_dir, hp.data_dir, pick_device(hp.device))
     written = {
         "learning_curves.png": report_pictures.learning_curves(histories),
@@ -34,7 +34,7 @@ def main(hp: Hyperparameters) -> None:
         "report.html": report_page.page(whole, histories).encode(),
     }
     for name, content in written.items():
-        path = os.path.join(hp.output_dir, name)
+        path = os.path.join(hp.output_dir or os.path.join(hp.checkpoint_dir, "report"), name)
         with whole_file(path) as file:
             file.write(content)
         print(f"wrote {path}")

@@ -7,8 +7,9 @@ from pathlib import Path
 from pruning import FREE, MAX_TASKS
 from tools import chain as chains
 from tools import report_pictures as pictures
-from tools.chain import Chain, History, Room, Stage
-from tools.markup import Html, element, join, path, picture, table, td
+from tools.chain import Chain, Room, Stage
+from tools.history import History
+from tools.markup import Html, element, join, path_cell, picture, table, td
 from tools.report_pictures import DARK, LIGHT
 
 # Which of a picture's renderings a browser takes; paper is always light.
@@ -24,7 +25,7 @@ def page(chain: Chain, histories: list[History]) -> str:
     ratios = [record["prune_ratio"] for record in chain.records.values()]
     rooms = chains.room(chain.layers, ratios)
     css = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
-    title = f"Conure: {tasks(len(chain.records))} in one model"
+    title = f"Conure: {tasks_in_words(len(chain.records))} in one model"
     head = element(
         "head",
         Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
@@ -42,7 +43,7 @@ def page(chain: Chain, histories: list[History]) -> str:
     return "<!DOCTYPE html>\n" + element("html", head, body, lang="en") + "\n"
 
 
-def tasks(count: int) -> str:
+def tasks_in_words(count: int) -> str:
     return f"{count} task{'' if count == 1 else 's'}"
 
 
@@ -61,7 +62,7 @@ def stage_name(stage: Stage) -> str:
 def header(chain: Chain, title: str, rooms: list[Room]) -> Html:
     """Title, the main numbers in a sentence, date and folder."""
     now = datetime.datetime.now().strftime("%Y-%m-%d, %H:%M")
-    summary = f"One model has learned {tasks(len(chain.records))}{memory(chain)}; {space(chain, rooms)}."
+    summary = f"One model has learned {tasks_in_words(len(chain.records))}{memory(chain)}; {space(chain, rooms)}."
     return element(
         "header",
         element("h1", title),
@@ -84,7 +85,9 @@ def memory(chain: Chain) -> str:
     if not earlier:
         return unfinished
     who = "task 1 scores" if len(earlier) == 1 else f"tasks 1 to {earlier[-1]} score"
-    return f" and forgotten nothing: {who} exactly as when learned{unfinished}"
+    same = all(chain.now(task).source == "same" for task in earlier)
+    proof = " and forgotten nothing" if same else ", whose weights have changed since"
+    return f"{proof}: {who} exactly as when learned{unfinished}"
 
 
 def space(chain: Chain, rooms: list[Room]) -> str:
@@ -136,7 +139,7 @@ def matrix(chain: Chain) -> Html:
     return element(
         "section",
         element("h2", "Every task after every stage"),
-        element("p", "Scores on the test part; after tp, those of the pruned model."),
+        element("p", "Scores on the test part" + ("; after tp, those of the pruned model." if chain.pruned() else ".")),
         table("Scores by task and stage", ["task", *map(stage_name, chain.stages)], rows),
         element(
             "p",
@@ -301,7 +304,7 @@ def by_stage(name: str, values: dict[Stage, dict[str, str]]) -> Html:
 def setting(value: str | None) -> Html:
     if value is None:
         return td("–", "none")
-    return path(value) if len(value) > LONG else td(value)
+    return path_cell(value) if len(value) > LONG else td(value)
 
 
 def data(chain: Chain) -> Html:
@@ -310,6 +313,6 @@ def data(chain: Chain) -> Html:
         scores = next(iter(record["results"].values()))
         sizes = [record["target_count"], *(scores[split]["n"] for split in ("validation", "test"))]
         held_out = f"{record['test_fraction']:g}"
-        rows.append([task_name(task), path(record["data_path"]), *(f"{size:,}" for size in sizes), held_out])
+        rows.append([task_name(task), path_cell(record["data_path"]), *(f"{size:,}" for size in sizes), held_out])
     head = ["task", "file", "target ids", "rows of validation", "rows of test", "share held out"]
     return join([element("p", f"{chain.items:,} ids of items."), table("Data", head, rows)])

@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tools.chain import History, Layer, Point
+from tools.chain import Layer
+from tools.history import History, Point
 
 
 class Theme(NamedTuple):

@@ -7,6 +7,7 @@ WRITES output, by its ending:  .npy      float32 (rows, channels), the rows as i
 NEXT   your own model, index of nearest neighbours, or dashboard
 """
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from files import whole_file
 from settings import InputError
 from tools import serving
 from training import pick_device
+
+BLOCKS_A_GROUP = 64  # of the parquet file: 16,384 rows
 
 Blocks = Iterator[tuple[list[str], np.ndarray]]  # users, and their representations (B, C) float32
 
@@ -55,13 +58,15 @@ def write_csv(file: BinaryIO, blocks: Blocks) -> None:
 
 
 def write_parquet(file: BinaryIO, blocks: Blocks) -> None:
+    """In groups of many rows, as what is kept in memory of each is written at the end."""
     import pyarrow
     import pyarrow.parquet
 
-    writer = None
-    for table in map(pyarrow.Table.from_pandas, tables(blocks)):
-        writer = writer or pyarrow.parquet.ParquetWriter(file, table.schema)
-        writer.write_table(table)
+    writer, waiting = None, tables(blocks)
+    while parts := list(itertools.islice(waiting, BLOCKS_A_GROUP)):
+        group = pyarrow.Table.from_pandas(pd.concat(parts, ignore_index=True))
+        writer = writer or pyarrow.parquet.ParquetWriter(file, group.schema, use_dictionary=False)
+        writer.write_table(group)
     writer.close()
 
 
@@ -83,6 +88,7 @@ def writer_of(path: str) -> Callable[[BinaryIO, Blocks], None]:
 
 def main(hp: Hyperparameters) -> None:
     write = writer_of(hp.output)
+    hp.check_output(hp.output)
     served = serving.Served(hp, pick_device(hp.device))
     batches = served.batches(hp.data_path, hp.ids)
     with whole_file(hp.output) as file:

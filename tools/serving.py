@@ -7,7 +7,6 @@
     weights        embedding, positions, layer norms and the task's head
     conv           of each conv layer its shape, one bit a weight for whether the task may read it, and those weights
     items, targets the vocabularies, each as one uint8 tensor
-    made_from      the checkpoint's digest
 
 Written and checked as checkpoints are. Weights may be kept in 16 bits; they are always computed with in float32.
 """
@@ -15,7 +14,7 @@ Written and checked as checkpoints are. Weights may be kept in 16 bits; they are
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,12 +49,18 @@ class Source:
     device: str = "auto"  # auto, cpu or cuda
 
 
+    def check_output(self, path: str) -> None:
+        """InputError if writing there would destroy what is read."""
+        if os.path.realpath(path) in map(os.path.realpath, (self.data_path, self.ids, self.serving)):
+            raise InputError(f"--output {path} is a file that is read: give another name")
+
+
 def path_of(folder: str, task: int) -> str:
     return os.path.join(folder, f"serving_t{task}.pt")
 
 
-def extract(content: dict[str, Any], digest: str, task: int, dtype: torch.dtype) -> dict[str, Any]:
-    """What a checkpoint (its content and digest) has for `task`; the same however many tasks it has learned since."""
+def extract(content: dict[str, Any], task: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What a checkpoint's content has for `task`; the same however many tasks it has learned since."""
     record, state = content["tasks"][task], dict(content["model"])
     reading, conv = checkpoint.reading_of(task, record["state"]), {}
     for name in [name.removesuffix(".owner") for name in state if name.endswith(".owner")]:
@@ -74,13 +79,12 @@ def extract(content: dict[str, Any], digest: str, task: int, dtype: torch.dtype)
         "conv": conv,
         "items": content["items"],
         "targets": record["targets"],
-        "made_from": digest,
     }
 
 
 def load(path: str, task: int) -> dict[str, Any]:
     """The serving file of `task`; InputError if it is missing, damaged, or of another task."""
-    remedy = f"run `python -m tools.export --task {task}`"
+    remedy = f"run `python -m tools.export --task {task} --output {path}`"
     if not os.path.exists(path):
         raise InputError(f"{path} does not exist: {remedy} first, which writes it")
     content, _ = load_sealed(path)
@@ -122,9 +126,10 @@ class Served:
         self.task, self.length, self.device = content["task"], content["length"], device
         self.model = build_model(content).to(device)
         self.items, self.targets = (Vocabulary.from_tensor(content[name]) for name in ("items", "targets"))
-        self.channels = content["architecture"]["channels"]
+        self.metric, self.channels = content["metric"], content["architecture"]["channels"]
         self.padding = self.items.ids.get(PADDING, 0)
         self.target_of = torch.from_numpy(self.targets.look_up(self.items.tokens)).long()  # by item; 0: it is none
+        self.target_of[self.padding] = 0
         self.rows = self.unknown = self.cut = 0  # read so far: rows, tokens that are no items, rows that were too long
 
     def batches(self, path: str, names_path: str) -> Iterator[tuple[list[str], Tensor]]:
@@ -132,7 +137,7 @@ class Served:
 
         InputError names file and line of what is no row, or says that there are not as many names as rows.
         """
-        names = iter(read_names(names_path))
+        names = read_names(names_path)
         for ids in self.read(path):
             users = list(itertools.islice(names, len(ids)))
             if len(users) < len(ids):
@@ -147,7 +152,8 @@ class Served:
         for lines in read_lines(path, has_targets(path), hashlib.sha256()):
             ids = lines.pad(encoder.encode(lines, lines.is_source))
             surplus = ids.shape[1] - self.length
-            self.cut += int((ids[:, : max(surplus, 0)] >= 0).any(axis=1).sum())
+            lost = ids[:, : max(surplus, 0)]
+            self.cut += int(((lost >= 0) & (lost != self.padding)).any(axis=1).sum())
             ids = np.pad(ids, ((0, 0), (max(-surplus, 0), 0)), constant_values=-1)[:, max(surplus, 0) :]
             self.rows, self.unknown = self.rows + len(ids), self.unknown + int((ids == 0).sum())
             yield from torch.from_numpy(np.where(ids < 0, self.padding, ids)).long().split(EVALUATION_BATCH)
@@ -188,17 +194,20 @@ class Served:
 
 
 def has_targets(path: str) -> bool:
-    """Whether the file is of a later task, as its first line tells; false if there is no such file."""
-    if not os.path.exists(path):
-        return False
+    """Whether the file is of a later task, as its first line tells; InputError if it is none that can be read twice."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path} does not exist, or is no file: name one with --data_path")
     with open(path, "rb") as file:
         return b",," in next((line for line in file if line.strip()), b"")
 
 
-def read_names(path: str) -> Iterable[str]:
-    """The lines of a file, or numbers from 1 without one."""
+def read_names(path: str) -> Iterator[str]:
+    """The lines of a file that are not empty, or numbers from 1 without one."""
     if not path:
-        return map(str, itertools.count(1))
-    if not os.path.exists(path):
-        raise InputError(f"{path} does not exist: --ids names a file with a line for each row, or give none")
-    return (line.rstrip("\r\n") for line in open(path, encoding="utf-8"))
+        yield from map(str, itertools.count(1))
+        return
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            yield from (name for line in file if (name := line.strip()))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): --ids names a text file, a line for each row") from None

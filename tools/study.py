@@ -5,7 +5,10 @@ import importlib
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +23,7 @@ import losses
 import training
 from nextitnet import NextItNet
 from pruning import Reading
-from settings import NothingToDo
+from settings import InputError, NothingToDo
 from stage import Stage
 
 T = TypeVar("T")
@@ -121,13 +124,30 @@ def over_seeds(hp: Settings, one_seed: Callable[[Settings, int], T]) -> list[T]:
     They have one thread each, as a second one gains nothing at these sizes.
     """
     seeds = [(hp, seed) for seed in range(hp.first_seed, hp.first_seed + hp.seeds)]
-    workers = min(len(seeds), len(os.sched_getaffinity(0)))
+    workers = min(len(seeds), torch.get_num_threads())
     if workers == 1:
         return [one_seed(*each) for each in seeds]
-    with multiprocessing.get_context("spawn").Pool(workers, start_worker) as pool:  # whose end is theirs
-        return pool.starmap(one_seed, seeds, chunksize=1)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
+        runs = [pool.submit(one_seed, *each) for each in seeds]
+        try:
+            for run in as_completed(runs):
+                run.result()
+        except BaseException as error:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise InputError("a seed's process was killed, perhaps for want of memory: run it again") from None
+            raise
+        return [run.result() for run in runs]
 
 
 def start_worker() -> None:
+    """One thread, and an end with the process that started it, which alone answers Ctrl-C."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the process that started it answers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def end_with(process: multiprocessing.Process) -> None:
+    process.join()
+    os._exit(1)

@@ -1,0 +1,41 @@
+"""Scores a task again, with its data, from what a checkpoint records of it."""
+
+import os
+from typing import Any
+
+from settings import InputError  # isort: skip (before torch, whose threads it tells how to wait)
+
+import torch
+
+import checkpoint
+import data_loader
+import metrics
+from nextitnet import NextItNet
+
+
+def load_data(task: int, content: dict[str, Any], data_dir: str) -> data_loader.TaskData:
+    """The examples that a task was learned from; InputError if the file is not there or has changed.
+
+    It is looked for in `data_dir`, or if that is empty where it was when the task was learned.
+    """
+    record, items = content["tasks"][task], data_loader.Vocabulary.from_tensor(content["items"])
+    path = os.path.join(data_dir, os.path.basename(record["data_path"])) if data_dir else record["data_path"]
+    if not os.path.exists(path):
+        raise InputError(f"{path}, the data of task {task}, does not exist: name its folder with --data_dir")
+    if task == 1:
+        data = data_loader.load_sequences(path, record["test_fraction"], items)
+    else:
+        targets = data_loader.Vocabulary.from_tensor(record["targets"])
+        data = data_loader.load_examples(path, record["test_fraction"], items, targets)
+    if data.digest != record["data_digest"]:
+        raise InputError(f"{path} is not the file that task {task} was learned from, or has changed since")
+    return data
+
+
+def score(
+    task: int, content: dict[str, Any], model: NextItNet, data_dir: str, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """As metrics.evaluate, of the checkpoint's model, which goes to the device."""
+    record = content["tasks"][task]
+    data, reading = load_data(task, content, data_dir), checkpoint.reading_of(task, record["state"])
+    return metrics.evaluate(model.to(device), data, reading, record["metric"], record["top_k"], device)

@@ -1,0 +1,55 @@
+"""How each task came to its score, from results.csv."""
+
+import os
+from typing import NamedTuple
+
+from settings import InputError  # isort: skip (before torch, whose threads it tells how to wait)
+
+import pandas as pd
+
+from reporting import SCORES
+
+Point = tuple[float, float]  # epoch, counted through tp and then ret; score
+
+
+class History(NamedTuple):
+    """A task's way through its stages."""
+
+    task: int
+    name: str  # of the score; of two, if they differ between stages
+    curves: dict[str, list[Point]]  # tp and ret: validation scores
+    kept: dict[str, Point]  # tp and ret: the state that was kept, which is the best on validation
+    pruned: Point | None  # its validation score after pruning, where tp ends
+    test: dict[str, Point]  # tp, pruned and ret: score of the kept state on test
+
+
+def histories(folder: str) -> list[History]:
+    """Every task in results.csv; InputError if it is missing or another table."""
+    path = os.path.join(folder, "results.csv")
+    if not os.path.exists(path):
+        raise InputError(f"{path} does not exist: the scripts write it beside their checkpoints")
+    try:
+        table = pd.read_csv(path, dtype={"task": int, "epoch": float}, float_precision="round_trip")
+    except ValueError:
+        table = pd.DataFrame()
+    if not {"task", "stage", "split", "epoch"} <= set(table) or not any(name.startswith(SCORES) for name in table):
+        raise InputError(f"{path} is not the table that the scripts write: put that back")
+    return [history(task, rows) for task, rows in table.groupby("task")]
+
+
+def history(task: int, rows: pd.DataFrame) -> History:
+    """The rows of results.csv of one task, as points; ret is counted on from the end of tp, where pruning is."""
+    names = [name for name in rows if name.startswith(SCORES)]
+    rows = rows.assign(name=rows[names].notna().idxmax(axis=1), score=rows[names].bfill(axis=1).iloc[:, 0])
+    end = rows["epoch"].where(rows["stage"] == "tp", 0.0).max()
+    rows.loc[rows["stage"] == "pruned", "epoch"] = end
+    rows.loc[rows["stage"] == "ret", "epoch"] += end
+    points = {key: list(zip(part["epoch"].tolist(), part["score"].tolist()))
+              for key, part in rows.groupby(["stage", "split"])}  # fmt: skip
+    test = {stage: points[stage, "test"][-1] for stage in ("tp", "pruned", "ret") if (stage, "test") in points}
+    curves = {stage: points[stage, "validation"] for stage in ("tp", "ret") if (stage, "validation") in points}
+    kept = {}
+    for stage, curve in curves.items():
+        kept |= {stage: point for point in curve if stage in test and point[0] == test[stage][0]}
+    pruned = points.get(("pruned", "validation"), [None])[-1]
+    return History(int(task), ", then ".join(rows["name"].unique()), curves, kept, pruned, test)
