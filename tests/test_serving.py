@@ -232,8 +232,12 @@ def test_what_cannot_be_served_is_refused_in_one_line(chain, serving, run_here, 
     (tmp_path / "ids").write_bytes(b"Jos\xe9\n" * 1500)
     assert "ids cannot be read ('utf-8'" in refused(run_here(*represent, "--task", "2", "--ids", str(tmp_path / "ids")))
     error = refused(run_here(*represent, "--task", "2", "--data_path", str(tmp_path)))
-    assert error.startswith(f"error: {tmp_path} cannot be read (Is a directory)")
+    assert error.startswith(f"error: {tmp_path} does not exist, or is no file")
     assert not (tmp_path / "u.npy").exists()
+    (tmp_path / "rows.csv").write_text("1,2,3\n")
+    over = ["--data_path", str(tmp_path / "rows.csv"), "--output", str(tmp_path / "rows.csv")]
+    assert "is a file that is read" in refused(run_here(*represent, "--task", "2", *over))
+    assert (tmp_path / "rows.csv").read_text() == "1,2,3\n"
     missing = ["tools/recommend.py", *source[2:], "--serving", str(tmp_path / "none"), "--task", "2"]
     wanted = f"run `python -m tools.export --task 2 --output {tmp_path / 'none'}` first"
     assert wanted in refused(run_here(*missing))
