@@ -34,7 +34,7 @@ class Hyperparameters:
     loss: str = ours("softmax", original="bpr")  # cross entropy among all targets; bpr: against one negative
     rho: float = 0.3  # of the negatives of bpr: smaller draws popular targets more often
     dropout: float = 0.0  # share of the activations that a step leaves out: items, blocks, states
-    l2: float = 0.05  # weight decay of the task's head, as a loss term: l2 * sum(w^2) / 2
+    l2: float = 0.05  # weight decay of the task's head, as a loss term: l2 * sum(w^2) / 2; informed: w - its start
     test_fraction: float = 0.2  # share of the examples held out: half validation, half test; as in tp
     eval_every: int = 0  # steps between evaluations on validation; 0: once an epoch
     snapshot_minutes: float = 10  # between snapshots that a killed run goes on from; 0: at evaluations only

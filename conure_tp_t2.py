@@ -36,7 +36,7 @@ class Hyperparameters:
     rho: float = 0.3  # of the negatives of bpr: smaller draws popular targets more often
     informed_head: bool = ours(True, original=False)  # start the head as task 1's, or with the targets' frequencies
     dropout: float = 0.0  # share of the activations that a step leaves out: items, blocks, states
-    l2: float = 0.02  # weight decay of the task's head, as a loss term: l2 * sum(w^2) / 2
+    l2: float = 0.02  # weight decay of the task's head, as a loss term: l2 * sum(w^2) / 2; informed: w - its start
     prune_ratio: float = 0.7  # share of the free weights that stays free for later tasks
     test_fraction: float = 0.2  # share of the examples held out: half validation, half test
     eval_every: int = 0  # steps between evaluations on validation; 0: once an epoch

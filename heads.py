@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import metrics
 from data_loader import TaskData
@@ -10,6 +11,22 @@ from pruning import Reading
 
 EXAMPLES_TO_COMPARE = 2048  # of the training part
 HALVED = np.log(2)  # by how much the mean log rank must be better
+
+
+def items_of_targets(data: TaskData) -> Tensor:
+    """(targets,) int64: the id of the item that has a target's token, 0 if there is none."""
+    return torch.from_numpy(data.items.look_up(data.target_vocabulary.tokens)).long()
+
+
+@torch.no_grad()
+def start_of(model: NextItNet, task: int, items: Tensor) -> Tensor:
+    """(targets, C): where a head began that started as task 1's, by `items_of_targets`; 0 where a row was random, which
+    is what that is drawn around. Of another head, which is told by its bias, 0 everywhere."""
+    head = model.head(task)
+    if head.bias is not None:
+        return torch.zeros_like(head.weight)
+    items = items.to(head.weight.device)
+    return torch.where(items[:, None] > 0, model.head(1).weight[items], 0.0)
 
 
 @torch.no_grad()
@@ -21,7 +38,7 @@ def inform(model: NextItNet, data: TaskData, reading: Reading, device: torch.dev
     from those would be worse than none. Says what it did.
     """
     size = len(data.target_vocabulary)
-    ids = torch.from_numpy(data.items.look_up(data.target_vocabulary.tokens)).long().to(device)  # 0: no item
+    ids = items_of_targets(data).to(device)
     examples, weight = data.splits["train"], model.head(reading.task).weight
     random, known = weight.clone(), (ids > 0).nonzero().squeeze(1)
     rows, log_ranks = model.head(1).weight[ids[known]], []

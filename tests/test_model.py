@@ -236,6 +236,23 @@ def test_later_tasks_losses_are_torchs_and_leave_out_what_is_unknown(bias):
     torch.testing.assert_close(ours, -F.logsigmoid(margin).mean() + penalty)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_informed_head_is_held_near_where_it_started(bias):
+    """As rows of task 1, where its targets are items; one that has a bias started otherwise, and is held near 0."""
+    model, reading, user = small_model(), Reading(2, "tp"), torch.randint(50, (5, 12))
+    model.add_head(2, 7, bias)
+    targets, items, weight = torch.tensor([1, 6, 3, 3, 2]), torch.tensor([0, 4, 0, 9, 9, 30, 0]), model.head(2).weight
+    start = torch.zeros_like(weight)
+    start[[1, 3, 4, 5]] = model.head(1).weight[[4, 9, 9, 30]].detach()
+    loss = losses.TargetLoss(0.1, items)
+    for _ in range(2):
+        plain = losses.TargetLoss(0)(model, reading, user, targets, None)
+        penalty = 0.1 * (weight if bias else weight - start).square().sum() / 2
+        torch.testing.assert_close(loss(model, reading, user, targets, None), plain + penalty)
+        with torch.no_grad():
+            weight.copy_(start)  # of which the penalty is none, if it started there
+
+
 def plain_sampled_softmax(hidden, labels, head, negatives, label_counts, negative_counts):
     """As losses.sampled_softmax, with all logits at once."""
     own = (hidden * head.weight[labels]).sum(dim=1) + head.bias[labels] - label_counts.log()
