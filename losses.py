@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import heads
 import samplers
 from data_loader import TaskData
 from matmul import matmul_dtype, wide_linear
@@ -162,13 +161,11 @@ class NextItemLoss:
 class TargetLoss:
     """Tasks 2+: cross entropy of the target among all, `<UNK>` left out as it is in scores, plus l2 * |head|^2 / 2.
 
-    An informed head is held near where it started instead (L2-SP: Li et al., ICML 2018), as its rows know something.
+    A head that the model has an anchor for is held near that instead of 0 (L2-SP: Li et al., ICML 2018).
     """
 
-    def __init__(self, l2: float, items: Tensor | None = None):
-        """`items`: heads.items_of_targets, if the head may be an informed one."""
-        self.l2, self.items = l2, items
-        self.start: Tensor | None = None  # of the head, (targets, C)
+    def __init__(self, l2: float):
+        self.l2 = l2
 
     def __call__(
         self,
@@ -187,10 +184,8 @@ class TargetLoss:
 
     def penalty(self, model: NextItNet, task: int) -> Tensor:
         weight = model.head(task).weight
-        if self.items is not None:
-            if self.start is None:
-                self.start = heads.start_of(model, task, self.items)
-            weight = weight - self.start
+        if task in model.anchors:
+            weight = weight - model.anchors[task]
         return self.l2 * weight.square().sum() / 2
 
     def ids(self, targets: Tensor, generator: torch.Generator) -> Tensor:
@@ -204,14 +199,8 @@ class TargetLoss:
 class PairLoss(TargetLoss):
     """The target against one sampled negative, by `bpr` or `bce`, in place of the cross entropy."""
 
-    def __init__(
-        self,
-        compare: Callable[[Tensor, Tensor], Tensor],
-        sampler: samplers.TargetSampler,
-        l2: float,
-        items: Tensor | None = None,
-    ):
-        super().__init__(l2, items)
+    def __init__(self, compare: Callable[[Tensor, Tensor], Tensor], sampler: samplers.TargetSampler, l2: float):
+        super().__init__(l2)
         self.compare, self.sampler = compare, sampler
 
     def ids(self, targets: Tensor, generator: torch.Generator) -> Tensor:
@@ -236,12 +225,11 @@ def next_item(hp: Any, data: TaskData) -> NextItemLoss:
 
 def target(hp: Any, data: TaskData) -> TargetLoss:
     """The loss that the hyperparameters of a later task's script ask for: negatives by `rho`, or without it uniform."""
-    items = heads.items_of_targets(data) if hp.informed_head else None
     if hp.loss == "softmax":
-        return TargetLoss(hp.l2, items)
+        return TargetLoss(hp.l2)
     size = len(data.target_vocabulary)
     if hasattr(hp, "rho"):
         probabilities = samplers.static_probabilities(data.targets, size, hp.rho)
     else:
         probabilities = samplers.uniform_probabilities(size)
-    return PairLoss({"bpr": bpr, "bce": bce}[hp.loss], samplers.TargetSampler(probabilities), hp.l2, items)
+    return PairLoss({"bpr": bpr, "bce": bce}[hp.loss], samplers.TargetSampler(probabilities), hp.l2)

@@ -70,6 +70,7 @@ class NextItNet(nn.Module):
         self.dropout = nn.Dropout(0.0)  # of items, blocks and hidden states; training sets its share
         self.blocks = nn.ModuleList(ResidualBlock(channels, kernel_size, self.dropout) for _ in dilations)
         self.heads = nn.ModuleDict()  # by task number, as a string
+        self.anchors: dict[int, Tensor] = {}  # by task: what its head is held near in training, if not 0; not saved
         self.add_head(1, items)
 
     def add_head(self, task: int, size: int, bias: bool = False) -> None:

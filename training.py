@@ -79,8 +79,7 @@ class Run:
         make_deterministic(self.device)
         torch.manual_seed(hp.seed)
         self.model = self.stage.start_model().to(self.device)
-        if reading.stage == "tp" and reading.task > 1 and hp.informed_head:
-            print("head:", heads.inform(self.model, data, reading, self.device))
+        self.informed = self.start_head()
         self.model.dropout.p = hp.dropout
         self.trained = self.model.train_only(reading)
         self.trained_count = self.count_trained()  # now, as pruning will give some of it an owner
@@ -103,6 +102,18 @@ class Run:
         processes.wait()  # until all have read what the first one is about to remove or to write over
         if not state:
             self.stage.remove_snapshot()
+
+    def start_head(self) -> bool:
+        """Informs the head of a new task, if that is asked for; whether it is one that started as task 1's."""
+        task, stage = self.reading
+        if stage == "ret":
+            informed = self.stage.tasks[task]["informed"]
+        else:
+            informed = task > 1 and self.hp.informed_head
+            informed = informed and heads.inform(self.model, self.data, self.reading, self.device)
+        if informed:
+            heads.anchor(self.model, self.data, task)
+        return informed
 
     def seed_dropout(self) -> None:
         """Lets every process but the first, which goes on with the seed's numbers, draw other ones."""
@@ -286,7 +297,7 @@ class Run:
     def save(self) -> None:
         """Writes the stage's checkpoint and says what to run next."""
         facts = {"metric": self.metric, "top_k": self.hp.top_k, "epoch": self.epoch, "seconds": self.seconds}
-        facts["trained"] = self.trained_count
+        facts |= {"trained": self.trained_count, "informed": self.informed}
         if processes.is_main():
             self.stage.write_checkpoint(self.model, facts, self.scores)
         self.stop.end()
