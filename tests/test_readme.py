@@ -57,7 +57,7 @@ def copy(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("readme") / "project"
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     for name in listed.stdout.splitlines():
-        if (ROOT / name).exists():
+        if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     (folder / ".venv").symlink_to(Path(sys.executable).parents[1])
