@@ -63,13 +63,18 @@ def order_of(path: str) -> tuple[int, bool]:
     return task, stage == "ret"
 
 
+def in_folder(folder: str) -> list[str]:
+    """The names of the checkpoints in `folder`, along the chain."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(filter(stage_of, names), key=order_of)
+
+
 def newest(folder: str) -> str:
     """The checkpoint in `folder` that is furthest along the chain; InputError if there is none."""
-    names = filter(stage_of, os.listdir(folder) if os.path.isdir(folder) else [])
-    last = max(names, key=order_of, default=None)
-    if last is None:
+    names = in_folder(folder)
+    if not names:
         raise InputError(f"{folder} holds no checkpoint: run `python {script_of(1, 'tp')}` first")
-    return os.path.join(folder, last)
+    return os.path.join(folder, names[-1])
 
 
 def versions() -> dict[str, str]:

@@ -68,11 +68,9 @@ class Stage:
 
     def print_what_goes_back_here(self) -> None:
         """The checkpoints after this stage, which can only be made again once it has been done over."""
-        names = filter(checkpoint.stage_of, os.listdir(self.hp.checkpoint_dir))
-        later = [name for name in names if checkpoint.order_of(name) > checkpoint.order_of(self.path)]
-        if later:
-            names = ", ".join(sorted(later, key=checkpoint.order_of))
-            print(f"{self.path} is done over, and what goes back to it has to be afterwards: {names}")
+        names = checkpoint.in_folder(self.hp.checkpoint_dir)
+        if later := names[names.index(os.path.basename(self.path)) + 1 :]:
+            print(f"{self.path} is done over, and what goes back to it has to be afterwards: {', '.join(later)}")
 
     def refuse_if_finished(self) -> None:
         content, _ = checkpoint.load(self.path)

@@ -96,7 +96,7 @@ def read(folder: str, data_dir: str, device: torch.device) -> Chain:
     """
     checkpoint.newest(folder)  # which says what to run where there is none
     chain, seen = Chain(folder), {}  # seen: for each task what it read when it was last scored
-    for path in sorted(filter(checkpoint.stage_of, os.listdir(folder)), key=checkpoint.order_of):
+    for path in checkpoint.in_folder(folder):
         content, _ = checkpoint.load(os.path.join(folder, path))
         model, stage = model_of(content, os.path.join(folder, path)), checkpoint.stage_of(path)
         shared = fingerprint(shared_by_all(model, content))
