@@ -8,12 +8,11 @@ NEXT   python conure_tp_t4.py
 
 from dataclasses import dataclass
 
+from conure import launch, losses, training
+from conure.settings import ours
+
 import data_loader
-import losses
-import settings
-import training
-from pruning import Reading
-from settings import ours
+from pruning import Stage
 
 
 @dataclass
@@ -46,10 +45,10 @@ class Hyperparameters:
 def main(hp: Hyperparameters) -> None:
     items = data_loader.read_index(hp.index_path)
     data = data_loader.load_examples(hp.data_path, hp.test_fraction, items)
-    run = training.Run(hp, Reading(3, "ret"), data)
+    run = training.Run(hp, Stage(3, "ret"), data)
     run.train(losses.target(hp, data))
     run.save()
 
 
 if __name__ == "__main__":
-    settings.run(main, Hyperparameters, __doc__)
+    launch.run(main, Hyperparameters, __doc__)

@@ -7,12 +7,11 @@ NEXT   python conure_ret_t1.py
 
 from dataclasses import dataclass
 
+from conure import launch, losses, training
+from conure.settings import ours
+
 import data_loader
-import losses
-import settings
-import training
-from pruning import Reading
-from settings import ours
+from pruning import Stage
 
 
 @dataclass
@@ -48,7 +47,7 @@ class Hyperparameters:
 
 def main(hp: Hyperparameters) -> None:
     data = data_loader.load_sequences(hp.data_path, hp.test_fraction)
-    run = training.Run(hp, Reading(1, "tp"), data)
+    run = training.Run(hp, Stage(1, "tp"), data)
     data.items.write(hp.index_path, hp.overwrite)
     run.train(losses.next_item(hp, data))
     run.prune()
@@ -56,4 +55,4 @@ def main(hp: Hyperparameters) -> None:
 
 
 if __name__ == "__main__":
-    settings.run(main, Hyperparameters, __doc__)
+    launch.run(main, Hyperparameters, __doc__)

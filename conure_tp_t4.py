@@ -8,12 +8,11 @@ NEXT   python conure_ret_t4.py
 
 from dataclasses import dataclass
 
+from conure import launch, losses, training
+from conure.settings import ours
+
 import data_loader
-import losses
-import settings
-import training
-from pruning import Reading
-from settings import ours
+from pruning import Stage
 
 
 @dataclass
@@ -47,11 +46,11 @@ class Hyperparameters:
 def main(hp: Hyperparameters) -> None:
     items = data_loader.read_index(hp.index_path)
     data = data_loader.load_examples(hp.data_path, hp.test_fraction, items)
-    run = training.Run(hp, Reading(4, "tp"), data, metric="accuracy")
+    run = training.Run(hp, Stage(4, "tp"), data, metric="accuracy")
     run.train(losses.target(hp, data))
     run.prune()
     run.save()
 
 
 if __name__ == "__main__":
-    settings.run(main, Hyperparameters, __doc__)
+    launch.run(main, Hyperparameters, __doc__)

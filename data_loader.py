@@ -13,16 +13,15 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from settings import InputError  # isort: skip (before torch, whose threads it tells how to wait)
+from conure import processes
+from conure.errors import InputError
+from conure.files import load_sealed, save_sealed, whole_file
+from conure.ttl_format import Encoder, read_lines
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-
-import processes
-from files import load_sealed, save_sealed, whole_file
-from ttl_format import Encoder, read_lines
 
 UNKNOWN = "<UNK>"  # id 0
 PADDING = "0"  # an ordinary token to the original: it has an id, an embedding and a row in the softmax

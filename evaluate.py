@@ -10,11 +10,9 @@ import os
 import shlex
 from dataclasses import dataclass
 
-import checkpoint
-import rescoring
-import settings
-from reporting import result_line
-from training import pick_device
+from conure import checkpoint, launch, rescoring
+from conure.reporting import result_line
+from conure.training import pick_device
 
 
 @dataclass
@@ -38,7 +36,7 @@ def main(hp: Hyperparameters) -> int:
         recorded = record["results"][record["state"]][hp.split]
         same = scores == recorded
         changed += not same
-        row = {"task": task, "stage": record["state"], "split": hp.split, "epoch": record["epoch"], **scores}
+        row = {"task": task, "state": record["state"], "split": hp.split, "epoch": record["epoch"], **scores}
         then = result_line({name: value for name, value in recorded.items() if name != "n"}).removeprefix("RESULT ")
         print(result_line(row | {"seconds": record["seconds"]}), "recorded", then, "same" if same else "DIFFERS")
     if changed:
@@ -52,4 +50,4 @@ def main(hp: Hyperparameters) -> int:
 
 
 if __name__ == "__main__":
-    settings.run(main, Hyperparameters, __doc__)
+    launch.run(main, Hyperparameters, __doc__)

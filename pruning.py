@@ -15,24 +15,24 @@ FREE = 0
 MAX_TASKS = 255  # what a uint8 owner can tell apart
 
 
-class Reading(NamedTuple):
-    """For which task, and for which purpose, the weights are read."""
+class Stage(NamedTuple):
+    """The task and the mode, which decide the weights that are visible and those that are trained."""
 
     task: int  # from 1
-    stage: str  # "tp", "ret" or "inference"
+    mode: str  # "tp" (train, then prune), "ret" (retrain) or "inference"
 
 
-def used_and_trained(owner: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
+def used_and_trained(owner: Tensor, stage: Stage) -> tuple[Tensor, Tensor]:
     """The two boolean masks of `owner`'s shape: weights in the forward pass, and weights that get a gradient.
 
     tp uses everything and trains what is free; ret uses the weights of tasks 1..k and trains those of task k;
     inference uses the weights of tasks 1..k and trains none, so that no later task can reach it.
     """
-    if reading.stage == "tp":
+    if stage.mode == "tp":
         return torch.ones_like(owner, dtype=torch.bool), owner == FREE
-    used = (owner != FREE) & (owner <= reading.task)
-    if reading.stage == "ret":
-        return used, owner == reading.task
+    used = (owner != FREE) & (owner <= stage.task)
+    if stage.mode == "ret":
+        return used, owner == stage.task
     return used, torch.zeros_like(used)
 
 
@@ -59,9 +59,9 @@ class OwnedWeight(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape))
         self.register_buffer("owner", torch.zeros(shape, dtype=torch.uint8))
 
-    def read(self, reading: Reading) -> Tensor:
-        """The weight as `reading` may see it: zero where it may not look, no gradient where it may not train."""
-        return Read.apply(self.weight, *used_and_trained(self.owner, reading))
+    def read(self, stage: Stage) -> Tensor:
+        """The weight as `stage` may see it: zero where it may not look, no gradient where it may not train."""
+        return Read.apply(self.weight, *used_and_trained(self.owner, stage))
 
 
 def owned_weights(model: nn.Module) -> Iterator[OwnedWeight]:

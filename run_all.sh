@@ -13,7 +13,7 @@ esac
 
 bash make_venv.sh requirements.txt
 python=.venv/bin/python
-[ -n "$(ls Data/Session)" ] || "$python" Data/make_demo.py
+[ -n "$(ls Data/Session)" ] || "$python" -m Data.make_demo
 
 task=1
 while [ -f conure_tp_t$task.py ]; do  # tasks added to the four too

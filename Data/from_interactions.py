@@ -15,21 +15,20 @@ NEXT   python conure_tp_t1.py
 """
 
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from conure import launch
+from conure.errors import InputError
+from conure.ttl_format import MAX_LINE_TOKENS
+
 import numpy as np
 import pandas as pd
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import settings
 from Data import tables
 from Data.task_files import file_of, print_next_steps, refuse_what_is_there, write_files
 from data_loader import PADDING
-from settings import InputError
-from ttl_format import MAX_LINE_TOKENS
 
 
 @dataclass
@@ -305,4 +304,4 @@ def main(hp: Hyperparameters) -> None:
 
 
 if __name__ == "__main__":
-    settings.run(main, Hyperparameters, __doc__)
+    launch.run(main, Hyperparameters, __doc__)

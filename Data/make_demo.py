@@ -11,14 +11,13 @@ WRITES original_desen_pretrain.csv, original_desen_finetune_click_nouserID.csv,
 NEXT   python conure_tp_t1.py
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from conure import launch
+
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import settings
 from Data.task_files import SCRIPTS, file_of, print_next_steps, write_files
 
 
@@ -90,4 +89,4 @@ def main(hp: Hyperparameters) -> None:
 
 
 if __name__ == "__main__":
-    settings.run(main, Hyperparameters, __doc__)
+    launch.run(main, Hyperparameters, __doc__)

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from tokenize import TokenError
 from typing import BinaryIO
 
+from conure.errors import InputError
+from conure.ttl_format import MAX_TOKEN_BYTES
+
 import numpy as np
 import pandas as pd
-
-from settings import InputError
-from ttl_format import MAX_TOKEN_BYTES
 
 SEPARATORS = ("::", "\t", ",", "|", ";")  # the first of them that is in the first line separates the columns
 RECBOLE_TYPE = re.compile(r":(token|float|token_seq|float_seq)$")  # behind the names in an atomic file's header

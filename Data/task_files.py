@@ -4,8 +4,8 @@ import shlex
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-from files import whole_file
-from settings import InputError
+from conure.errors import InputError
+from conure.files import whole_file
 
 SESSION = Path(__file__).resolve().parent / "Session"  # where the scripts look
 SCRIPTS = ("pretrain", "click", "like", "gender")  # whose file conure_tp_t1.py, …, conure_tp_t4.py reads by default

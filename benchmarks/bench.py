@@ -7,30 +7,25 @@ import platform
 import re
 import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import settings  # noqa: F401  # isort: skip (before torch, whose threads it tells how to wait)
-
 import torch
 
-RESULTS = ROOT / "benchmarks" / "results"
 WARM_UP = 3  # calls that are not timed
 
 
-def report(what: str, **values: Any) -> None:
-    """Prints `BENCH what=… name=value …` and adds the row, with date, machine and versions, to results/`what`.csv."""
+def report(what: str, output: str, **values: Any) -> None:
+    """Prints `BENCH what=… name=value …`; adds the row, with date, machine and versions, to the table `output`, if any."""
     shown = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in values.items()}
     print("BENCH", " ".join(f"{name}={value}" for name, value in ({"what": what} | shown).items()), flush=True)
     row = {"date": datetime.date.today().isoformat(), "machine": machine(), "torch": str(torch.__version__)} | shown
-    path = RESULTS / f"{what}.csv"
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
+    if not output:
+        return
+    new = not Path(output).exists()
+    with open(output, "a", newline="") as file:
         writer = csv.DictWriter(file, row)
         if new:
             writer.writeheader()

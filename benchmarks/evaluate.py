@@ -1,20 +1,17 @@
-"""How fast held-out rows are ranked among all items: `python benchmarks/evaluate.py --rows 4096`, at the real size.
-
-WRITES a line to benchmarks/results/evaluate.csv.
-"""
+"""How fast held-out rows are ranked among all items: `python -m benchmarks.evaluate --rows 4096`, at the real size."""
 
 import time
 from dataclasses import dataclass
 
-import bench
+from conure import launch, metrics
+
 import numpy as np
 import torch
 
 import data_loader
-import metrics
-import settings
+from benchmarks import bench
 from nextitnet import NextItNet
-from pruning import Reading
+from pruning import Stage
 
 
 @dataclass
@@ -25,6 +22,7 @@ class Hyperparameters:
     channels: int = 256  # width of the embedding and of every layer
     dilations: tuple[int, ...] = (1, 4, 1, 4, 1, 4, 1, 4)  # one residual block each
     kernel_size: int = 3  # taps of every convolution
+    output: str = ""  # a .csv file to add the line to; empty: it is only printed
 
 
 def make_data(hp: Hyperparameters) -> data_loader.TaskData:
@@ -40,13 +38,14 @@ def main(hp: Hyperparameters) -> None:
     torch.manual_seed(10)
     model = NextItNet(hp.items, hp.channels, hp.dilations, hp.kernel_size).to(bench.device())
     data, examples = make_data(hp), np.arange(hp.rows)
-    ranked = model, data, examples, Reading(1, "inference"), bench.device()
+    ranked = model, data, examples, Stage(1, "inference"), bench.device()
     metrics.rank_examples(*ranked[:2], examples[:256], *ranked[3:])  # warms up
     start = time.perf_counter()
     metrics.rank_examples(*ranked)
     seconds = time.perf_counter() - start
     bench.report(
         "evaluate",
+        hp.output,
         rows=hp.rows,
         items=hp.items,
         length=hp.length,
@@ -59,4 +58,4 @@ def main(hp: Hyperparameters) -> None:
 
 
 if __name__ == "__main__":
-    settings.run(main, Hyperparameters, __doc__)
+    launch.run(main, Hyperparameters, __doc__)

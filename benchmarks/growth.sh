@@ -3,7 +3,7 @@
 # One BENCH line each; all else is as in the original's settings.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-step() { .venv/bin/python benchmarks/train_step.py "$@"; }
+step() { .venv/bin/python -m benchmarks.train_step "$@"; }
 
 for items in 3308 33080 330800; do step --items "$items"; done
 for length in 25 50 100 200; do step --length "$length"; done

@@ -1,8 +1,7 @@
-"""How fast a data file is read: `python benchmarks/load_data.py --rows 1000000 --length 100`.
+"""How fast a data file is read: `python -m benchmarks.load_data --rows 1000000 --length 100`.
 
 Makes a file of task 1 whose items are as frequent as in a long-tailed catalogue, reads it in a process of its own, then
-once more, from the cache beside it if it is large enough to have one. WRITES a line to
-benchmarks/results/load_data.csv.
+once more, from the cache beside it if it is large enough to have one.
 """
 
 import os
@@ -12,11 +11,12 @@ import tempfile
 import time
 from dataclasses import dataclass
 
-import bench
+from conure import launch
+
 import numpy as np
 
 import data_loader
-import settings
+from benchmarks import bench
 
 
 @dataclass
@@ -25,6 +25,7 @@ class Hyperparameters:
     length: int = 100  # items in each
     items: int = 645_974  # in the catalogue
     path: str = ""  # a file to read; empty: make one
+    output: str = ""  # a .csv file to add the line to; empty: it is only printed
 
 
 def make_file(path: str, rows: int, length: int, items: int) -> None:
@@ -45,7 +46,9 @@ def read(path: str) -> tuple[float, float, float]:
 
 
 def read_elsewhere(path: str) -> tuple[float, float, float]:
-    done = subprocess.run([sys.executable, __file__, "--path", path], check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.load_data", "--path", path], check=True, stdout=subprocess.PIPE, text=True
+    )
     return tuple(map(float, done.stdout.split()))
 
 
@@ -60,6 +63,7 @@ def main(hp: Hyperparameters) -> None:
         (first, array, peak), (second, _, _) = read_elsewhere(path), read_elsewhere(path)
     bench.report(
         "load_data",
+        hp.output,
         rows=hp.rows,
         length=hp.length,
         items=hp.items,
@@ -72,4 +76,4 @@ def main(hp: Hyperparameters) -> None:
 
 
 if __name__ == "__main__":
-    settings.run(main, Hyperparameters, __doc__)
+    launch.run(main, Hyperparameters, __doc__)

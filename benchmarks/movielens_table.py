@@ -1,4 +1,4 @@
-"""The README's table of results: python benchmarks/movielens_table.py OUTPUT_DIR, after benchmarks/movielens.sh.
+"""The README's table of results: python -m benchmarks.movielens_table OUTPUT_DIR, after benchmarks/movielens.sh.
 
 Reads the last checkpoint of every seed's folder and prints, for each task and stage, mean and standard deviation over
 the seeds, on the test part and on the whole held-out part, which is what the original scores.
@@ -7,10 +7,9 @@ the seeds, on the test part and on the whole held-out part, which is what the or
 import sys
 from pathlib import Path
 
-import numpy as np
+from conure import checkpoint
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import checkpoint
+import numpy as np
 
 # shared/reference/results_ml-1m-half.md: the original's last state; it has no score between pruning and retraining.
 ORIGINAL = {
@@ -26,13 +25,13 @@ def main(output: str) -> None:
     print(f"| task | stage | test | held out | original, held out | most popular / majority |  ({len(paths)} seeds)")
     print("|---|---|---|---|---|---|")
     for task in (1, 2, 3, 4):
-        for stage in ("tp", "pruned", "ret"):
+        for mode in ("tp", "pruned", "ret"):
             cells = []
             for split in ("test", "heldout"):
-                scores = [next(iter(tasks[task]["results"][stage][split].values())) for tasks in records]
+                scores = [next(iter(tasks[task]["results"][mode][split].values())) for tasks in records]
                 cells.append(f"{np.mean(scores):.4f} ± {np.std(scores, ddof=1):.4f}")
-            cells += [ORIGINAL.get((task, stage), ""), MOST_POPULAR[task] if stage == "tp" else ""]
-            print(f"| {task} | {stage} |", " | ".join(cells), "|")
+            cells += [ORIGINAL.get((task, mode), ""), MOST_POPULAR[task] if mode == "tp" else ""]
+            print(f"| {task} | {mode} |", " | ".join(cells), "|")
 
 
 if __name__ == "__main__":

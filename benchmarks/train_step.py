@@ -1,28 +1,24 @@
-"""How long a training step takes: `python benchmarks/train_step.py --task 1`, with the original's settings.
+"""How long a training step takes: `python -m benchmarks.train_step --task 1`, with the original's settings.
 
 The matrix rate is measured in the same process, and operations are counted as they are done: 2 a multiplication and
 addition, none for what is skipped. With --compare, other ways to do the step take turns with it: for task 1 the
-published one, for later ones that which computes every state, and with dropout the same step without. WRITES a line to
-benchmarks/results/train_step.csv.
+published one, for later ones that which computes every state, and with dropout the same step without.
 """
 
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import bench
+from conure import launch, losses, samplers, training
+
 import torch
-from published import Published
 from torch import Tensor
 
-import losses
 import pruning
-import samplers
-import settings
-import training
-from convolution import plan
-from nextitnet import NextItNet
-from pruning import Reading
+from benchmarks import bench
+from benchmarks.published import Published
+from nextitnet import NextItNet, plan
+from pruning import Stage
 
 
 @dataclass
@@ -41,13 +37,14 @@ class Hyperparameters:
     compile: bool = False  # with torch.compile
     steps: int = 9  # that are timed; the median is reported
     compare: bool = False  # time the other ways too
+    output: str = ""  # a .csv file to add the line to; empty: it is only printed
 
 
 class FullSequence(NextItNet):
     """Computes every state of a sequence for the last one's sake."""
 
-    def user_representation(self, ids: Tensor, reading: Reading) -> Tensor:
-        return self(ids, reading)[:, -1]
+    def user_representation(self, ids: Tensor, stage: Stage) -> Tensor:
+        return self(ids, stage)[:, -1]
 
 
 def make_model(hp: Hyperparameters) -> NextItNet:
@@ -99,14 +96,14 @@ def megabytes(module: torch.nn.Module) -> float:
 
 def ways_to_step(hp: Hyperparameters, model: NextItNet, time: int) -> dict[str, Callable[[], None]]:
     """Ours and, to compare, the others; all with one batch, as its content does not matter to the time."""
-    reading, precision = Reading(hp.task, "tp"), training.PRECISIONS[hp.precision] or torch.float32
+    stage, precision = Stage(hp.task, "tp"), training.PRECISIONS[hp.precision] or torch.float32
     inputs = torch.randint(1, hp.items, (hp.batch_size, time))
     batch = inputs, torch.randint(1, hp.items if hp.task == 1 else hp.targets, (hp.batch_size,))
     loss, generator = make_loss(hp), torch.Generator().manual_seed(10)
 
     def step_of(model: NextItNet) -> Callable[[], None]:
-        objective = training.Objective(loss, model, reading, generator, precision)
-        return stepper(objective, model.train_only(reading), batch)
+        objective = training.Objective(loss, model, stage, generator, precision)
+        return stepper(objective, model.train_only(stage), batch)
 
     model.dropout.p = hp.dropout
     steps = {"ours": step_of(model)}
@@ -140,6 +137,7 @@ def main(hp: Hyperparameters) -> None:
     varied = ("task", "items", "length", "batch_size", "channels", "negative_fraction", "precision", "compile")
     bench.report(
         "train_step",
+        hp.output,
         **{name: getattr(hp, name) for name in varied},
         seconds_per_step=seconds["ours"],
         gflops=gflops,
@@ -156,4 +154,4 @@ def main(hp: Hyperparameters) -> None:
 
 
 if __name__ == "__main__":
-    settings.run(main, Hyperparameters, __doc__)
+    launch.run(main, Hyperparameters, __doc__)

@@ -17,7 +17,7 @@ FILES = {
     3: "original_desen_finetune_like_nouserID.csv",
     4: "original_desen_gender.csv",
 }
-STAGES = [(task, stage) for task in FILES for stage in ("tp", "ret")]
+STAGES = [(task, mode) for task in FILES for mode in ("tp", "ret")]
 
 
 def flags(folder: Path, task: int) -> list[str]:
@@ -49,14 +49,17 @@ def run_python(*arguments: str) -> str:
 
 @pytest.fixture
 def run_here(monkeypatch, capsys):
-    """Runs a script in this process, as `python name …` would: returns exit code, what it printed, and its errors."""
+    """Runs a script or, as `python -m`, a module in this process: returns exit code, what it printed, and its errors."""
 
     def run(name: str, *arguments: str) -> tuple[int, str, str]:
         gc.collect()  # the last call's run, and with it its lock on the folder
         monkeypatch.setattr(sys, "argv", [name, *arguments])
         monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
         with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / name), run_name="__main__")
+            if name.endswith(".py"):
+                runpy.run_path(str(ROOT / name), run_name="__main__")
+            else:
+                runpy.run_module(name, run_name="__main__", alter_sys=True)
         return (end.value.code, *capsys.readouterr())
 
     return run
@@ -66,16 +69,16 @@ def run_here(monkeypatch, capsys):
 def demo(tmp_path_factory) -> Path:
     """A folder with a small demo data set in Data/."""
     folder = tmp_path_factory.mktemp("demo")
-    run_script("Data/make_demo.py", "--output_dir", str(folder / "Data"), "--users", "1500", "--length", "20")
+    run_module("Data.make_demo", "--output_dir", str(folder / "Data"), "--users", "1500", "--length", "20")
     return folder
 
 
-def chain_settings(task: int, stage: str) -> list[str]:
+def chain_settings(task: int, mode: str) -> list[str]:
     """The hyperparameters of the tests' chain; some of them odd, so that a script that ignores them is found out."""
     if task == 1:
-        shape = ["--channels", "32", "--dilations", "1,4"] if stage == "tp" else []
-        return [*shape, "--epochs", "10" if stage == "tp" else "5", "--learning_rate", "3e-3"]
-    odd = {(2, "tp"): ["--prune_ratio", "0.6"], (4, "tp"): ["--eval_every", "5"]}.get((task, stage), [])
+        shape = ["--channels", "32", "--dilations", "1,4"] if mode == "tp" else []
+        return [*shape, "--epochs", "10" if mode == "tp" else "5", "--learning_rate", "3e-3"]
+    odd = {(2, "tp"): ["--prune_ratio", "0.6"], (4, "tp"): ["--eval_every", "5"]}.get((task, mode), [])
     return ["--epochs", "6", "--batch_size", "128", "--learning_rate", "1e-3", *odd]
 
 
@@ -83,8 +86,6 @@ def chain_settings(task: int, stage: str) -> list[str]:
 def chain(demo) -> tuple[Path, dict[tuple[int, str], str]]:
     """The demo's folder after all eight scripts, and what each of them printed."""
     printed = {}
-    for task, stage in STAGES:
-        printed[task, stage] = run_script(
-            f"conure_{stage}_t{task}.py", *flags(demo, task), *chain_settings(task, stage)
-        )
+    for task, mode in STAGES:
+        printed[task, mode] = run_script(f"conure_{mode}_t{task}.py", *flags(demo, task), *chain_settings(task, mode))
     return demo, printed

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from reporting import Progress
+from conure.reporting import Progress
 
 output, script = sys.argv[1:3]
 sys.argv = sys.argv[2:]

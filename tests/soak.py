@@ -22,31 +22,31 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from conftest import FILES, STAGES, flags, run_script
+from conure import checkpoint, ttl_format
+from conure.errors import InputError
 
-import checkpoint
+from conftest import FILES, STAGES, flags, run_module
+
 import data_loader
-import ttl_format
-from pruning import Reading
-from settings import InputError
+from pruning import Stage
 
 MOVIELENS = ROOT.parent / "shared" / "data" / "ml-1m-half-conure"
 
 
-def command(folder: Path, task: int, stage: str, epochs: int) -> list[str]:
+def command(folder: Path, task: int, mode: str, epochs: int) -> list[str]:
     """A small stage with many evaluations and, in between, snapshots by the clock."""
-    small = ["--channels", "64", "--dilations", "1,4"] if (task, stage) == (1, "tp") else []
+    small = ["--channels", "64", "--dilations", "1,4"] if (task, mode) == (1, "tp") else []
     often = ["--eval_every", "7", "--snapshot_minutes", "0.002", "--epochs", str(epochs), "--batch_size", "64"]
-    return [sys.executable, str(ROOT / f"conure_{stage}_t{task}.py"), *flags(folder, task), *small, *often]
+    return [sys.executable, str(ROOT / f"conure_{mode}_t{task}.py"), *flags(folder, task), *small, *often]
 
 
 def make_demo(folder: Path, users: int) -> None:
-    run_script("Data/make_demo.py", "--output_dir", str(folder / "Data"), "--users", str(users), "--length", "20")
+    run_module("Data.make_demo", "--output_dir", str(folder / "Data"), "--users", str(users), "--length", "20")
 
 
 def run_chain(folder: Path, epochs: int = 1) -> None:
-    for task, stage in STAGES:
-        subprocess.run(command(folder, task, stage, epochs), check=True, stdout=subprocess.DEVNULL)
+    for task, mode in STAGES:
+        subprocess.run(command(folder, task, mode, epochs), check=True, stdout=subprocess.DEVNULL)
 
 
 def without_times(value: Any) -> Any:
@@ -60,8 +60,8 @@ def without_times(value: Any) -> Any:
 def differences(ours: Path, theirs: Path) -> int:
     """How many checkpoints of two chains differ in a single bit, and rows of their results.csv in anything but time."""
     count = 0
-    for task, stage in STAGES:
-        paths = (checkpoint.path_of(str(folder / "checkpoints"), task, stage) for folder in (ours, theirs))
+    for task, mode in STAGES:
+        paths = (checkpoint.path_of(str(folder / "checkpoints"), Stage(task, mode)) for folder in (ours, theirs))
         one, other = (without_times(checkpoint.load(path)[0]) for path in paths)
         count += one != other
     tables = [pd.read_csv(folder / "checkpoints" / "results.csv", dtype=str).fillna("") for folder in (ours, theirs)]
@@ -100,9 +100,9 @@ def kills(folder: Path, tried: int, epochs: int) -> dict[str, int]:
     shutil.copytree(folder / "whole", folder / "killed")
     run_chain(folder / "whole", epochs)
     left = tried
-    for number, (task, stage) in enumerate(STAGES):
-        again = command(folder / "killed", task, stage, epochs)
-        snapshot = folder / "killed" / "checkpoints" / f"{stage}_t{task}.snapshot.pt"
+    for number, (task, mode) in enumerate(STAGES):
+        again = command(folder / "killed", task, mode, epochs)
+        snapshot = folder / "killed" / "checkpoints" / f"{mode}_t{task}.snapshot.pt"
         for _ in range(left // (len(STAGES) - number)):
             if not killed(subprocess.Popen(again, stdout=subprocess.DEVNULL), snapshot, dice):
                 break  # finished; the stages after this one make up for it
@@ -130,9 +130,9 @@ def corruption(folder: Path, tried: int) -> dict[str, int]:
     dice = random.Random(2)
     make_demo(folder, users=300)
     run_chain(folder)
-    for task, stage in ((1, "tp"), (4, "ret")):
-        snapshot = folder / "checkpoints" / f"{stage}_t{task}.snapshot.pt"
-        process = subprocess.Popen([*command(folder, task, stage, 1000), "--overwrite"], stdout=subprocess.DEVNULL)
+    for task, mode in ((1, "tp"), (4, "ret")):
+        snapshot = folder / "checkpoints" / f"{mode}_t{task}.snapshot.pt"
+        process = subprocess.Popen([*command(folder, task, mode, 1000), "--overwrite"], stdout=subprocess.DEVNULL)
         while not snapshot.exists():
             time.sleep(0.01)
         process.kill()
@@ -219,17 +219,17 @@ def disk_full(folder: Path, stages: list[tuple[int, str]]) -> dict[str, int]:
     make_demo(folder, users=300)
     run_chain(folder)
     harmed = 0
-    for task, stage in stages:
+    for task, mode in stages:
         kept = {path: path.read_bytes() for path in (folder / "checkpoints").glob("*.pt")}
-        limit = len(kept[folder / "checkpoints" / f"{stage}_t{task}.pt"]) // 2
+        limit = len(kept[folder / "checkpoints" / f"{mode}_t{task}.pt"]) // 2
         done = subprocess.run(
-            [*command(folder, task, stage, 1), "--overwrite"],
+            [*command(folder, task, mode, 1), "--overwrite"],
             capture_output=True, text=True,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
         )  # fmt: skip
         told = done.returncode == 2 and "could not be written" in done.stderr and done.stderr.count("\n") == 1
         now = {path: path.read_bytes() for path in (folder / "checkpoints").glob("*.pt")}
-        checkpoint.load(str(folder / "checkpoints" / f"{stage}_t{task}.pt"))
+        checkpoint.load(str(folder / "checkpoints" / f"{mode}_t{task}.pt"))
         harmed += not told or now != kept
     return {"tried": len(stages), "harmed": harmed}
 
@@ -239,26 +239,26 @@ def forgetting(folder: Path, users: int) -> dict[str, int]:
     suite = folder / "suite"
     ignored = shutil.ignore_patterns(".*", "Session", "checkpoints", "tests")
     shutil.copytree(ROOT, suite, ignore=ignored)
-    for stage in ("tp", "ret"):
-        text = (suite / f"conure_{stage}_t4.py").read_text().replace("gender", "age").replace("Reading(4", "Reading(5")
-        (suite / f"conure_{stage}_t5.py").write_text(text)
+    for mode in ("tp", "ret"):
+        text = (suite / f"conure_{mode}_t4.py").read_text().replace("gender", "age").replace("Stage(4", "Stage(5")
+        (suite / f"conure_{mode}_t5.py").write_text(text)
     data, files = folder / "Data", {**FILES, 5: "original_desen_age.csv"}
     data.mkdir()
     for name in files.values():
         lines = (MOVIELENS / name).read_text().splitlines(keepends=True)[:users]
         (data / name).write_text("".join(lines))
     learned, compared, changed = {}, 0, 0
-    for task, stage in [*STAGES, (5, "tp"), (5, "ret")]:
-        shape = ["--channels", "32", "--dilations", "1,4"] if (task, stage) == (1, "tp") else []
+    for task, mode in [*STAGES, (5, "tp"), (5, "ret")]:
+        shape = ["--channels", "32", "--dilations", "1,4"] if (task, mode) == (1, "tp") else []
         where = [*flags(folder, 4)[2:], "--data_path", str(data / files[task])]
-        script = [sys.executable, str(suite / f"conure_{stage}_t{task}.py"), *where, "--epochs", "2", *shape]
+        script = [sys.executable, str(suite / f"conure_{mode}_t{task}.py"), *where, "--epochs", "2", *shape]
         subprocess.run(script, check=True, stdout=subprocess.DEVNULL)
-        content, _ = checkpoint.load(checkpoint.path_of(str(folder / "checkpoints"), task, stage))
+        content, _ = checkpoint.load(checkpoint.path_of(str(folder / "checkpoints"), Stage(task, mode)))
         model, items = checkpoint.build_model(content), data_loader.Vocabulary.from_tensor(content["items"])
         inputs, _ = data_loader.load_examples(str(data / files[4]), 0.5, items).batch(np.arange(200))
         for earlier in range(1, task + 1):
             with torch.no_grad():
-                scores = model.scores(inputs, Reading(earlier, "inference"))
+                scores = model.scores(inputs, Stage(earlier, "inference"))
             if earlier < task:
                 compared += 1
                 changed += not torch.equal(scores, learned[earlier])
@@ -277,7 +277,7 @@ def memory(folder: Path, epochs: int) -> dict[str, int]:
     )
     resident = []
     for line in process.stdout:
-        if line.startswith("RESULT") and "stage=tp split=validation" in line:
+        if line.startswith("RESULT") and "state=tp split=validation" in line:
             pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
             resident.append(pages * os.sysconf("SC_PAGE_SIZE") // 1_000_000)
     assert process.wait() == 0

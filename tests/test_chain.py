@@ -3,20 +3,21 @@
 import re
 import shutil
 
+from conure import checkpoint
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import FILES, STAGES, flags, run_script
 
-import checkpoint
 import data_loader
 import pruning
-from pruning import Reading
+from pruning import Stage
 
 
-def load(folder, task, stage):
-    return torch.load(folder / "checkpoints" / f"{stage}_t{task}.pt", weights_only=True)
+def load(folder, task, mode):
+    return torch.load(folder / "checkpoints" / f"{mode}_t{task}.pt", weights_only=True)
 
 
 def results_of(printed: str) -> list[dict[str, str]]:
@@ -27,8 +28,8 @@ def results_of(printed: str) -> list[dict[str, str]]:
 def test_owned_weights_never_change_and_owners_are_disjoint(chain):
     folder, _ = chain
     owned = {}  # (layer, task) → positions and values when the task was learned
-    for task, stage in STAGES:
-        state = load(folder, task, stage)["model"]
+    for task, mode in STAGES:
+        state = load(folder, task, mode)["model"]
         layers = [name.removesuffix(".owner") for name in state if name.endswith(".owner")]
         assert len(layers) == 4
         for layer in layers:
@@ -46,13 +47,13 @@ def test_what_is_not_trained_stays(chain):
     """Free weights keep their values through ret; embedding and layer norms are those of tp of task 1 for ever."""
     folder, _ = chain
     first = load(folder, 1, "tp")["model"]
-    for task, stage in STAGES:
-        content = load(folder, task, stage)
+    for task, mode in STAGES:
+        content = load(folder, task, mode)
         state = content["model"]
         for name, value in state.items():
             if "embedding" in name or ".ln" in name:
                 assert torch.equal(value, first[name]), name
-        if stage == "ret":
+        if mode == "ret":
             before = load(folder, task, "tp")["model"]
             for name in (name.removesuffix(".owner") for name in state if name.endswith(".owner")):
                 free = state[f"{name}.owner"] == pruning.FREE
@@ -67,12 +68,12 @@ def test_outputs_of_learned_tasks_keep_their_bits(chain):
     data = data_loader.load_examples(str(folder / "Data" / FILES[2]), 0.2, items)
     inputs, _ = data.batch(data.splits["heldout"][:200])
     learned = {}
-    for task, stage in STAGES:
-        model = checkpoint.build_model(load(folder, task, stage))
+    for task, mode in STAGES:
+        model = checkpoint.build_model(load(folder, task, mode))
         with torch.no_grad():
             for earlier in range(1, task):
-                assert torch.equal(model.scores(inputs, Reading(earlier, "inference")), learned[earlier])
-            learned[task] = model.scores(inputs, Reading(task, "inference"))
+                assert torch.equal(model.scores(inputs, Stage(earlier, "inference")), learned[earlier])
+            learned[task] = model.scores(inputs, Stage(task, "inference"))
 
 
 def test_evaluate_finds_nothing_forgotten(chain):
@@ -90,7 +91,7 @@ def test_evaluate_on_other_splits_checkpoints_and_folders(chain, tmp_path, run_h
     folder, printed = chain
     file = str(folder / "checkpoints" / "tp_t2.pt")
     code, output, _ = run_here("evaluate.py", "--checkpoint", file, "--split", "heldout")
-    assert code == 0 and output.count("RESULT") == 2 and "task=2 stage=pruned split=heldout" in output
+    assert code == 0 and output.count("RESULT") == 2 and "task=2 state=pruned split=heldout" in output
     tasks = torch.load(file, weights_only=True)["tasks"]
     validation, test, heldout = (tasks[2]["results"]["pruned"][split] for split in ("validation", "test", "heldout"))
     assert heldout["n"] == validation["n"] + test["n"]
@@ -121,14 +122,14 @@ def test_the_best_state_by_validation_is_kept(chain):
     folder, _ = chain
     table = pd.read_csv(folder / "checkpoints" / "results.csv", float_precision="round_trip")
     best_was_not_last = 0
-    for task, stage in STAGES:
+    for task, mode in STAGES:
         metric = "accuracy" if task == 4 else "mrr@5"
-        rows = table[(table["task"] == task) & (table["stage"] == stage)]
-        candidates = rows[(rows["split"] == "validation") & ((rows["epoch"] > 0) | (stage == "ret"))]
+        rows = table[(table["task"] == task) & (table["state"] == mode)]
+        candidates = rows[(rows["split"] == "validation") & ((rows["epoch"] > 0) | (mode == "ret"))]
         best = candidates.loc[candidates[metric].idxmax()]  # of equal ones the first
-        record = load(folder, task, stage)["tasks"][task]
+        record = load(folder, task, mode)["tasks"][task]
         assert record["epoch"] == best["epoch"]
-        assert record["results"][stage]["validation"][metric] == best[metric]
+        assert record["results"][mode]["validation"][metric] == best[metric]
         assert rows[rows["split"] == "test"]["epoch"].tolist() == [best["epoch"]]
         best_was_not_last += best["epoch"] < candidates["epoch"].max()
     assert best_was_not_last, "all best states were the last ones, so this test has seen nothing"
@@ -167,11 +168,11 @@ def test_the_same_seed_gives_the_same_bits(demo, tmp_path):
 def test_results_csv_holds_every_result_line(chain):
     folder, printed = chain
     table = pd.read_csv(folder / "checkpoints" / "results.csv")
-    lines = [row for task_stage in STAGES for row in results_of(printed[task_stage])]
+    lines = [row for stage in STAGES for row in results_of(printed[stage])]
     assert len(table) == len(lines)
     for (_, row), line in zip(table.iterrows(), lines):
         for name, value in line.items():
-            if name in ("stage", "split"):
+            if name in ("state", "split"):
                 assert row[name] == value
             else:
                 assert row[name] == pytest.approx(float(value), abs=6e-2 if name == "seconds" else 1e-4)
@@ -189,9 +190,9 @@ def test_what_a_run_prints(chain):
         r"^saved .*tp_t2\.pt \(\d\.\d MB\)\nnext: python conure_ret_t2\.py --checkpoint_dir .* --index_path ",
     ):
         assert re.search(expected, output, re.MULTILINE), expected
-    steps = [float(row["epoch"]) * 10 for row in results_of(printed[4, "tp"]) if row["stage"] == "tp"][:-1]
+    steps = [float(row["epoch"]) * 10 for row in results_of(printed[4, "tp"]) if row["state"] == "tp"][:-1]
     assert steps == pytest.approx([*range(0, 60, 5), 60]), "1,200 examples in batches of 128 are 10 steps an epoch"
-    stages = [(row["stage"], row["split"]) for row in results_of(output)]
+    stages = [(row["state"], row["split"]) for row in results_of(output)]
     ends = [("tp", "test"), ("pruned", "validation"), ("pruned", "test")]
     assert stages == [("tp", "validation")] * 7 + ends
     assert "next: python evaluate.py" in printed[4, "ret"]
@@ -246,14 +247,14 @@ def test_a_head_starts_as_task_1s_only_if_its_targets_are_the_same_things(chain,
 def test_a_chain_without_free_weights_says_so_before_training(demo, tmp_path, run_here):
     """48 weights a layer: task 1 keeps 46 of them, and task 2 takes the last two."""
     shutil.copytree(demo / "Data", tmp_path / "Data")
-    for task, stage in STAGES[:4]:
-        shape = ["--channels", "4", "--dilations", "1"] if (task, stage) == (1, "tp") else []
-        ratio = ["--prune_ratio", "0.05"] if stage == "tp" else []
+    for task, mode in STAGES[:4]:
+        shape = ["--channels", "4", "--dilations", "1"] if (task, mode) == (1, "tp") else []
+        ratio = ["--prune_ratio", "0.05"] if mode == "tp" else []
         arguments = [*flags(tmp_path, task), *shape, *ratio, "--epochs", "1"]
-        code, output, error = run_here(f"conure_{stage}_t{task}.py", *arguments)
+        code, output, error = run_here(f"conure_{mode}_t{task}.py", *arguments)
         assert code == 0, error
         expected = "capacity: 4 of 96 conv weights are free (4.17%); it will keep 4"
-        assert (expected in output) == ((task, stage) == (2, "tp"))
+        assert (expected in output) == ((task, mode) == (2, "tp"))
     code, output, error = run_here("conure_tp_t3.py", *flags(tmp_path, 3), "--epochs", "1")
     assert code == 2 and "RESULT" not in output
     assert error.startswith(

@@ -4,17 +4,17 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from conure import samplers, ttl_format
+from conure.errors import InputError
+from conure.files import load_sealed, save_sealed
+from conure.samplers import LogUniformSampler, TargetSampler
+
 import numpy as np
 import pytest
 import torch
 
 import data_loader
-import samplers
-import ttl_format
 from data_loader import Vocabulary
-from files import load_sealed, save_sealed
-from samplers import LogUniformSampler, TargetSampler
-from settings import InputError
 
 
 def sequences(tmp_path: Path, content: str | bytes, **arguments) -> data_loader.TaskData:

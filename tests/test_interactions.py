@@ -14,7 +14,7 @@ from conftest import ROOT
 import data_loader
 from Data.task_files import file_of, print_next_steps
 
-SCRIPT = "Data/from_interactions.py"
+SCRIPT = "Data.from_interactions"
 MOVIELENS = ROOT.parent / "shared" / "data"
 COLUMNS = ["--columns", "user,item,rating,time", "--user", "user", "--item", "item", "--order", "time,item"]
 RATED = ["--task", "click=later where rating >= 4 and rating < 5", "--task", "like=later where rating >= 5"]
@@ -218,7 +218,9 @@ def test_very_many_targets_take_several_lines_that_the_scripts_can_read(make):
     assert len(data.targets) == 2 * (12_000 - 12)
 
 
-@pytest.mark.parametrize("separator, name", [(",", "t.csv"), ("\t", "t.tsv"), ("|", "t.dat"), (";", "t.csv"), ("::", "t.dat")])
+@pytest.mark.parametrize(
+    "separator, name", [(",", "t.csv"), ("\t", "t.tsv"), ("|", "t.dat"), (";", "t.csv"), ("::", "t.dat")]
+)
 def test_separators(make, separator, name):
     rows = [(user, f"x y{time}", time) for user in "ab" for time in range(10)]
     content = table(rows).replace(",", separator)
@@ -335,7 +337,7 @@ def commands() -> list[str]:
     """The commands of this script in Data/README.md."""
     blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "Data/README.md").read_text(), re.MULTILINE | re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [line for line in lines if line.startswith(f".venv/bin/python {SCRIPT}")]
+    return [line for line in lines if line.startswith(f".venv/bin/python -m {SCRIPT}")]
 
 
 def test_the_readme_has_a_command_for_each_of_the_usual_data_sets():
@@ -344,13 +346,13 @@ def test_the_readme_has_a_command_for_each_of_the_usual_data_sets():
     assert [name for name in TABLES if name not in named] == []
 
 
-@pytest.mark.parametrize("command", commands(), ids=lambda command: command.split()[3])
+@pytest.mark.parametrize("command", commands(), ids=lambda command: command.split()[4])
 def test_a_command_of_the_readme_makes_files_that_the_scripts_can_read(tmp_path, monkeypatch, run_here, command):
     monkeypatch.chdir(tmp_path)
     for name, content in TABLES.items():
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(content)
-    code, printed, error = run_here(*shlex.split(command)[1:])
+    code, printed, error = run_here(*shlex.split(command)[2:])
     assert code == 0, error
     names = re.findall(r"(\w+)=", " ".join(re.findall(r'--task "(\w+=)', command)))
     items = data_loader.load_sequences(f"Data/Session/{file_of('pretrain')}", 0.5).items

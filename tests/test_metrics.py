@@ -2,15 +2,15 @@
 
 import math
 
+from conure import matmul, metrics
+
 import numpy as np
 import pytest
 import torch
 
 import data_loader
-import matmul
-import metrics
 from nextitnet import NextItNet
-from pruning import Reading
+from pruning import Stage
 
 
 def test_ranks_count_every_other_score_that_is_not_lower():
@@ -42,10 +42,10 @@ def test_ranks_by_blocks_are_those_of_all_scores_at_once(monkeypatch, task):
     monkeypatch.setattr(metrics, "SCORES_AT_ONCE", 200)
     monkeypatch.setattr(metrics, "COMPARED_AT_ONCE", 7)
     monkeypatch.setattr(matmul, "CPU_COLUMNS", 9)
-    reading, examples = Reading(task, "inference"), np.random.RandomState(1).permutation(40)
-    ranks = metrics.rank_examples(model, data, examples, reading, torch.device("cpu"))
+    stage, examples = Stage(task, "inference"), np.random.RandomState(1).permutation(40)
+    ranks = metrics.rank_examples(model, data, examples, stage, torch.device("cpu"))
     with torch.no_grad():
-        scores = model.scores(inputs, Reading(task, "inference"))[:, 1:]
+        scores = model.scores(inputs, Stage(task, "inference"))[:, 1:]
     better = (scores > scores.gather(1, targets[:, None] - 1)).sum(dim=1).numpy()
     assert (ranks == 1 + better[examples]).all()
 

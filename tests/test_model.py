@@ -2,20 +2,17 @@
 
 from types import SimpleNamespace
 
+from conure import heads, losses, matmul, training
+from conure.samplers import LogUniformSampler, TargetSampler, uniform_probabilities
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-import heads
-import losses
-import matmul
 import pruning
-import training
-from convolution import connect, plan
 from data_loader import Vocabulary
-from nextitnet import CausalConv, NextItNet
-from pruning import Reading
-from samplers import LogUniformSampler, TargetSampler, uniform_probabilities
+from nextitnet import CausalConv, NextItNet, connect, plan
+from pruning import Stage
 
 
 def small_model(positions: int = 0, tasks: int = 3) -> NextItNet:
@@ -28,11 +25,11 @@ def small_model(positions: int = 0, tasks: int = 3) -> NextItNet:
 
 def test_no_position_sees_a_later_item():
     model, ids = small_model(positions=12), torch.randint(50, (4, 12))
-    hidden = model(ids, Reading(1, "tp"))
+    hidden = model(ids, Stage(1, "tp"))
     for changed in range(12):
         other = ids.clone()
         other[:, changed] = (other[:, changed] + 1) % 50
-        difference = (model(other, Reading(1, "tp")) != hidden).any(dim=(0, 2))
+        difference = (model(other, Stage(1, "tp")) != hidden).any(dim=(0, 2))
         assert not difference[:changed].any()
         assert difference[changed]
 
@@ -41,7 +38,7 @@ def test_no_position_sees_a_later_item():
 def test_causal_conv_is_torchs_dilated_convolution(kernel_size, dilation):
     conv, x = CausalConv(6, kernel_size), torch.randn(9, 2, 6, requires_grad=True)
     every = list(range(9))
-    ours = conv(x, Reading(1, "tp"), connect(every, every, dilation, kernel_size, x.device))
+    ours = conv(x, Stage(1, "tp"), connect(every, every, dilation, kernel_size, x.device))
     weight = conv.weight.permute(2, 1, 0)  # (C_out, C_in, K), tap 0 the oldest as here
     padded = F.pad(x.permute(1, 2, 0), ((kernel_size - 1) * dilation, 0))
     theirs = F.conv1d(padded, weight, dilation=dilation).permute(2, 0, 1)
@@ -57,7 +54,7 @@ def test_the_last_state_alone_is_that_of_all(dilations, kernel_size, time):
     torch.manual_seed(1)
     model, ids = NextItNet(50, 8, dilations, kernel_size, positions=6), torch.randint(50, (4, time))
     upstream, gradients = torch.randn(4, 8), []
-    for hidden in (model(ids, Reading(1, "tp"))[:, -1], model.user_representation(ids, Reading(1, "tp"))):
+    for hidden in (model(ids, Stage(1, "tp"))[:, -1], model.user_representation(ids, Stage(1, "tp"))):
         model.zero_grad()
         hidden.backward(upstream)
         trained = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
@@ -79,8 +76,8 @@ def test_positions_count_from_the_right_and_repeat_the_first():
     model.blocks = torch.nn.ModuleList()  # what is left is the sum of item and position
     order = torch.tensor([0, 0, 0, 1, 2])
     expected = model.embedding(ids) + model.position(order)
-    assert torch.equal(model(ids, Reading(1, "tp")), expected)
-    assert torch.equal(model(ids[:, :2], Reading(1, "tp")), model.embedding(ids[:, :2]) + model.position(order[-2:]))
+    assert torch.equal(model(ids, Stage(1, "tp")), expected)
+    assert torch.equal(model(ids[:, :2], Stage(1, "tp")), model.embedding(ids[:, :2]) + model.position(order[-2:]))
 
 
 def test_initial_values_are_the_originals():
@@ -97,12 +94,12 @@ def test_initial_values_are_the_originals():
 def test_three_ways_to_read_a_weight():
     owner = torch.tensor([0, 1, 2, 3], dtype=torch.uint8)
     expected = {
-        Reading(2, "tp"): ([1, 1, 1, 1], [1, 0, 0, 0]),
-        Reading(2, "ret"): ([0, 1, 1, 0], [0, 0, 1, 0]),
-        Reading(2, "inference"): ([0, 1, 1, 0], [0, 0, 0, 0]),
+        Stage(2, "tp"): ([1, 1, 1, 1], [1, 0, 0, 0]),
+        Stage(2, "ret"): ([0, 1, 1, 0], [0, 0, 1, 0]),
+        Stage(2, "inference"): ([0, 1, 1, 0], [0, 0, 0, 0]),
     }
-    for reading, (used, trained) in expected.items():
-        masks = pruning.used_and_trained(owner, reading)
+    for stage, (used, trained) in expected.items():
+        masks = pruning.used_and_trained(owner, stage)
         assert [mask.int().tolist() for mask in masks] == [used, trained]
 
 
@@ -110,11 +107,11 @@ def test_hidden_weights_leave_no_trace():
     """Whatever stands in weights that a task may not read, its outputs are the same bits."""
     model, ids = small_model(), torch.randint(50, (4, 12))
     pruning.prune(model, 1, [0.7])
-    before = model(ids, Reading(1, "inference"))
+    before = model(ids, Stage(1, "inference"))
     with torch.no_grad():
         for layer in pruning.owned_weights(model):
             layer.weight[layer.owner == pruning.FREE] *= -1e6
-    assert torch.equal(model(ids, Reading(1, "inference")), before)
+    assert torch.equal(model(ids, Stage(1, "inference")), before)
 
 
 def test_pruning_takes_the_largest_free_weights_and_no_more():
@@ -149,18 +146,18 @@ def test_a_task_is_pruned_once_and_never_from_nothing():
         pruning.prune(model, 2, [0.7, 0.7])
 
 
-@pytest.mark.parametrize("reading", [Reading(2, "tp"), Reading(2, "ret")])
+@pytest.mark.parametrize("stage", [Stage(2, "tp"), Stage(2, "ret")])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_training_moves_only_what_the_stage_trains(reading, precision):
+def test_training_moves_only_what_the_stage_trains(stage, precision):
     model = small_model()
     pruning.prune(model, 1, [0.7])
-    if reading.stage == "ret":
+    if stage.mode == "ret":
         pruning.prune(model, 2, [0.7, 0.7])
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    model.train_only(reading)
+    model.train_only(stage)
     adam = training.adam(training.parameter_groups(model, 2, table_learning_rate=0.2), learning_rate=0.1, beta1=0.9)
     loss = losses.PairLoss(losses.bpr, TargetSampler(uniform_probabilities(7)), l2=0.1)
-    objective = training.Objective(loss, model, reading, torch.Generator().manual_seed(1), precision)
+    objective = training.Objective(loss, model, stage, torch.Generator().manual_seed(1), precision)
     for _ in range(3):
         adam.zero_grad()
         objective(torch.randint(50, (4, 12)), torch.randint(1, 7, (4,))).backward()
@@ -168,7 +165,7 @@ def test_training_moves_only_what_the_stage_trains(reading, precision):
     after = model.state_dict()
     for name, value in before.items():
         if name.endswith("conv1.weight") or name.endswith("conv2.weight"):
-            _, trained = pruning.used_and_trained(before[name.replace("weight", "owner")], reading)
+            _, trained = pruning.used_and_trained(before[name.replace("weight", "owner")], stage)
             assert torch.equal(after[name][~trained], value[~trained])
             assert (after[name][trained] != value[trained]).any()
         else:
@@ -176,12 +173,12 @@ def test_training_moves_only_what_the_stage_trains(reading, precision):
 
 
 def test_tables_have_a_learning_rate_of_their_own():
-    model, reading = small_model(), Reading(1, "tp")
+    model, stage = small_model(), Stage(1, "tp")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    model.train_only(reading)
+    model.train_only(stage)
     adam = training.adam(training.parameter_groups(model, 1, table_learning_rate=0.05), learning_rate=0.01, beta1=0.9)
     loss = losses.NextItemLoss(LogUniformSampler(50, 1.0), None)
-    loss(model, reading, torch.randint(50, (16, 12)), torch.randint(1, 50, (16,)), None).backward()
+    loss(model, stage, torch.randint(50, (16, 12)), torch.randint(1, 50, (16,)), None).backward()
     adam.step()  # whose first step moves a weight by the learning rate, whatever the gradient's size
     rates = {"embedding.weight": 0.05, "heads.1.bias": 0.05, "blocks.0.conv1.weight": 0.01, "blocks.0.ln1.bias": 0.01}
     for name, rate in rates.items():
@@ -190,22 +187,22 @@ def test_tables_have_a_learning_rate_of_their_own():
 
 def test_dropout_is_of_training_alone():
     model, ids = small_model(), torch.randint(50, (4, 12))
-    whole = model(ids, Reading(1, "tp"))
+    whole = model(ids, Stage(1, "tp"))
     model.dropout.p = 0.5
-    assert (model(ids, Reading(1, "tp")) != whole).any()
-    assert torch.equal(model.eval()(ids, Reading(1, "tp")), whole)
+    assert (model(ids, Stage(1, "tp")) != whole).any()
+    assert torch.equal(model.eval()(ids, Stage(1, "tp")), whole)
 
 
 @pytest.mark.parametrize("negative_fraction", [0.5, 1.0])
 def test_bfloat16_products_are_near_those_of_float32(negative_fraction):
-    model, reading = small_model(), Reading(1, "tp")
+    model, stage = small_model(), Stage(1, "tp")
     batch = torch.randint(1, 50, (16, 12)), torch.randint(1, 50, (16,))
     found = []
     for precision in (torch.float32, torch.bfloat16):
         loss = losses.NextItemLoss(LogUniformSampler(50, negative_fraction), None)
-        objective = training.Objective(loss, model, reading, torch.Generator().manual_seed(1), precision)
+        objective = training.Objective(loss, model, stage, torch.Generator().manual_seed(1), precision)
         value = objective(*batch)
-        found.append([value, *torch.autograd.grad(value, model.train_only(reading), allow_unused=True)[:-2]])
+        found.append([value, *torch.autograd.grad(value, model.train_only(stage), allow_unused=True)[:-2]])
     assert all(each.dtype == torch.float32 for each in found[1])
     assert all(0 < (near - exact).norm() <= 0.15 * exact.norm() for exact, near in list(zip(*found))[1:])
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-3, atol=0)
@@ -216,32 +213,32 @@ def test_full_softmax_and_ignored_labels():
     ids[:, :6] = 7  # padding
     inputs, targets = ids[:, :-1], ids[:, -1]
     loss = losses.NextItemLoss(LogUniformSampler(50, 1.0), ignored_label=7)
-    scores = model.head(1)(model(inputs, Reading(1, "tp")))
+    scores = model.head(1)(model(inputs, Stage(1, "tp")))
     expected = F.cross_entropy(scores.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=7)
-    torch.testing.assert_close(loss(model, Reading(1, "tp"), inputs, targets, None), expected)
-    nothing = loss(model, Reading(1, "tp"), torch.full((2, 5), 7), torch.full((2,), 7), None)
+    torch.testing.assert_close(loss(model, Stage(1, "tp"), inputs, targets, None), expected)
+    nothing = loss(model, Stage(1, "tp"), torch.full((2, 5), 7), torch.full((2,), 7), None)
     assert nothing == 0
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_later_tasks_losses_are_torchs_and_leave_out_what_is_unknown(bias):
-    model, reading, user = small_model(), Reading(2, "tp"), torch.randint(50, (5, 12))
+    model, stage, user = small_model(), Stage(2, "tp"), torch.randint(50, (5, 12))
     model.add_head(2, 7, bias)
     if bias:
         torch.nn.init.normal_(model.head(2).bias)
     targets, penalty = torch.tensor([1, 6, 3, 3, 2]), 0.1 * model.head(2).weight.square().sum() / 2
-    scores = model.scores(user, reading)
-    ours = losses.TargetLoss(0.1)(model, reading, user, targets, None)
+    scores = model.scores(user, stage)
+    ours = losses.TargetLoss(0.1)(model, stage, user, targets, None)
     torch.testing.assert_close(ours, F.cross_entropy(scores[:, 1:], targets - 1) + penalty)
     pair = losses.PairLoss(losses.bpr, TargetSampler(uniform_probabilities(7)), 0.1)
     negatives = pair.sampler.draw(targets, torch.Generator().manual_seed(1))
     margin = (scores.gather(1, targets[:, None]) - scores.gather(1, negatives[:, None])).squeeze(1)
-    ours = pair(model, reading, user, targets, torch.Generator().manual_seed(1))
+    ours = pair(model, stage, user, targets, torch.Generator().manual_seed(1))
     torch.testing.assert_close(ours, -F.logsigmoid(margin).mean() + penalty)
 
 
 def test_an_informed_head_is_held_near_the_rows_of_task_1():
-    model, reading, user = small_model(), Reading(2, "tp"), torch.randint(50, (5, 12))
+    model, stage, user = small_model(), Stage(2, "tp"), torch.randint(50, (5, 12))
     model.add_head(2, 7)
     items = Vocabulary(["<UNK>", *(f"item {id}" for id in range(1, 50))])
     targets = Vocabulary(["<UNK>", "item 4", "no item", "item 9", "item 49", "x", "item 1"])
@@ -249,7 +246,7 @@ def test_an_informed_head_is_held_near_the_rows_of_task_1():
     start, weight, wanted = torch.zeros(7, 8), model.head(2).weight, torch.tensor([1, 6, 3, 3, 2])
     start[[1, 3, 4, 6]] = model.head(1).weight[[4, 9, 49, 1]].detach()
     for expected in (0.1 * (weight - start).square().sum() / 2, 0):
-        with_penalty, without = (losses.TargetLoss(l2)(model, reading, user, wanted, None) for l2 in (0.1, 0))
+        with_penalty, without = (losses.TargetLoss(l2)(model, stage, user, wanted, None) for l2 in (0.1, 0))
         torch.testing.assert_close(with_penalty, without + expected)
         with torch.no_grad():
             weight.copy_(start)

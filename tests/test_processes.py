@@ -28,17 +28,17 @@ def results(printed: str) -> list[str]:
     return [line.split(" seconds=")[0] for line in printed.splitlines() if line.startswith("RESULT")]
 
 
-@pytest.mark.parametrize("task, stage", [(1, "tp"), (1, "ret"), (2, "tp"), (4, "ret")])
-def test_two_processes_have_the_loss_curve_of_one(chain, tmp_path, task, stage):
+@pytest.mark.parametrize("task, mode", [(1, "tp"), (1, "ret"), (2, "tp"), (4, "ret")])
+def test_two_processes_have_the_loss_curve_of_one(chain, tmp_path, task, mode):
     """An odd batch size, so that their shares differ; few steps, as rounding errors grow with training; no dropout, as
     each process draws its own."""
     curves, printed = [], []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         shutil.copytree(chain[0], folder)
-        small = [*chain_settings(task, stage), "--epochs", "1", "--batch_size", "63", "--learning_rate", "1e-4"]
+        small = [*chain_settings(task, mode), "--epochs", "1", "--batch_size", "63", "--learning_rate", "1e-4"]
         small += ["--dropout", "0"]
-        command = [f"conure_{stage}_t{task}.py", *flags(folder, task), *small, "--overwrite"]
+        command = [f"conure_{mode}_t{task}.py", *flags(folder, task), *small, "--overwrite"]
         printed.append(results(run(processes, Path(__file__).parent / "loss_curve.py", folder / "losses", *command)))
         curves.append(json.loads((folder / "losses").read_text()))
     assert len(curves[0]) == len(curves[1]) >= 19

@@ -6,13 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conure import checkpoint
+
 import pytest
 import torch
 from conftest import ROOT
 
-import checkpoint
 import data_loader
-from pruning import Reading
+from pruning import Stage
 
 COMMAND = r"(?:bash|rm|awk|python3|(?:[A-Z_]+=\S+ )*bash|\.venv/bin/\w+) .*"
 TINY = "--first_epochs 1 --epochs 1 --channels 8 --dilations 1 --seeds 1"
@@ -119,6 +120,6 @@ def assert_learned(copy: Path, task: int) -> None:
         assert len(targets) == 1 + 8
         inputs, wanted = data.batch(data.splits["test"])
         with torch.no_grad():
-            scores = checkpoint.build_model(content).scores(inputs, Reading(task, "inference"))
+            scores = checkpoint.build_model(content).scores(inputs, Stage(task, "inference"))
         right = (scores[:, 1:].argmax(dim=1) + 1 == wanted).double().mean().item()
         assert record["results"]["ret"]["test"] == {"accuracy": right, "n": len(wanted)}

@@ -10,19 +10,17 @@ import os
 import re
 from pathlib import Path
 
+from conure import losses, metrics, samplers, settings
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import data_loader
-import losses
-import metrics
 import pruning
-import samplers
-import settings
 from nextitnet import LAYER_NORM_EPS, NextItNet
-from pruning import Reading
+from pruning import Stage
 
 TOLERANCE = dict(rtol=0, atol=5e-5)
 FOLDERS = [Path(__file__).parent / "reference"]
@@ -81,9 +79,9 @@ class Recording:
             for number in (1, 2)
         }
 
-    def start(self, task: int, stage: str) -> NextItNet:
+    def start(self, task: int, mode: str) -> NextItNet:
         """The model that a stage starts from."""
-        if stage == "ret":
+        if mode == "ret":
             return self.model(f"after_tp_t{task}", learned=task)
         return self.model("init" if task == 1 else f"after_ret_t{task - 1}", learned=task - 1)
 
@@ -102,12 +100,12 @@ class Recording:
             "", "", inputs, everything, targets, items, target_vocabulary, 0, 0, 0, {"train": everything}
         )
 
-    def loss(self, task: int, stage: str) -> losses.Loss:
+    def loss(self, task: int, mode: str) -> losses.Loss:
         """The loss that the scripts train with --as_original, with the recorded negatives in place of drawn ones."""
-        block = importlib.import_module(f"conure_{stage}_t{min(task, 2)}").Hyperparameters
+        block = importlib.import_module(f"conure_{mode}_t{min(task, 2)}").Hyperparameters
         if task == 1:
             loss = losses.next_item(settings.from_command_line(block, "", ["--as_original"]), self.data(1))
-            loss.sampler = RecordedNegatives(self, stage)
+            loss.sampler = RecordedNegatives(self, mode)
             return loss
         l2 = str(self.arrays[f"task{task}/l2"])
         loss = losses.target(settings.from_command_line(block, "", ["--as_original", "--l2", l2]), self.data(task))
@@ -118,11 +116,11 @@ class Recording:
 class RecordedNegatives(samplers.LogUniformSampler):
     """The suite's sampler, except that it draws what the original drew."""
 
-    def __init__(self, recording: Recording, stage: str):
-        self.ids = recording.tensor(f"task1/{stage}/sampled_ids")
+    def __init__(self, recording: Recording, mode: str):
+        self.ids = recording.tensor(f"task1/{mode}/sampled_ids")
         super().__init__(recording.config["num_items"], 0.5)
         self.count = len(self.ids)
-        counts = recording.tensor(f"task1/{stage}/sampled_expected_count").double()
+        counts = recording.tensor(f"task1/{mode}/sampled_expected_count").double()
         self.draws = int((torch.log1p(-counts) / self.log_miss[self.ids]).median().round())
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, int]:
@@ -134,8 +132,8 @@ def recording(request) -> Recording:
     return Recording(request.param)
 
 
-def every_stage(recording: Recording) -> list[Reading]:
-    return [Reading(task, stage) for task in range(1, recording.tasks + 1) for stage in ("tp", "ret")]
+def every_stage(recording: Recording) -> list[Stage]:
+    return [Stage(task, mode) for task in range(1, recording.tasks + 1) for mode in ("tp", "ret")]
 
 
 def close(ours: Tensor, theirs: Tensor, **tolerance) -> None:
@@ -162,11 +160,11 @@ def test_no_array_is_of_a_kind_that_the_tests_below_do_not_know(recording):
 
 def test_task_1_hidden_states_losses_and_predictions(recording):
     inputs, targets = recording.batch(1)
-    for stage in ("tp", "ret"):
-        model, reading, prefix = recording.start(1, stage), Reading(1, stage), f"task1/{stage}"
-        hidden = model(inputs, reading)
+    for mode in ("tp", "ret"):
+        model, stage, prefix = recording.start(1, mode), Stage(1, mode), f"task1/{mode}"
+        hidden = model(inputs, stage)
         close(hidden, recording.tensor(f"{prefix}/hidden"))
-        sampler = RecordedNegatives(recording, stage)
+        sampler = RecordedNegatives(recording, mode)
         labels = recording.tensor("task1/input_ids")[:, 1:].flatten()
         own, others = (sampler.expected_count(ids, sampler.draws) for ids in (labels, sampler.ids))
         close(own, recording.tensor(f"{prefix}/true_expected_count"))
@@ -176,8 +174,8 @@ def test_task_1_hidden_states_losses_and_predictions(recording):
             for *row, count in zip(hidden.flatten(0, 1).split(1), labels.split(1), own.split(1))
         ])  # fmt: skip
         close(each, recording.tensor(f"{prefix}/loss_per_position"))
-        close(recording.loss(1, stage)(model, reading, inputs, targets, None), each.mean())
-        scores = model.scores(inputs, reading)
+        close(recording.loss(1, mode)(model, stage, inputs, targets, None), each.mean())
+        scores = model.scores(inputs, stage)
         close(scores.softmax(dim=1), recording.tensor(f"{prefix}/next_item_probs"))
         assert torch.equal(scores.topk(5).indices, recording.tensor(f"{prefix}/top5"))
         for place, ids in enumerate(recording.tensor(f"{prefix}/top5").T, start=1):
@@ -185,12 +183,12 @@ def test_task_1_hidden_states_losses_and_predictions(recording):
 
 
 def test_later_tasks_hidden_states_scores_and_losses(recording):
-    for reading in every_stage(recording)[2:]:
-        task, prefix = reading.task, f"task{reading.task}/{reading.stage}"
-        model, (inputs, targets) = recording.start(*reading), recording.batch(task)
-        close(model(inputs, reading), recording.tensor(f"{prefix}/hidden"))
-        close(model.user_representation(inputs, reading), recording.tensor(f"{prefix}/user_representation"))
-        scores = model.scores(inputs, reading)
+    for stage in every_stage(recording)[2:]:
+        task, prefix = stage.task, f"task{stage.task}/{stage.mode}"
+        model, (inputs, targets) = recording.start(*stage), recording.batch(task)
+        close(model(inputs, stage), recording.tensor(f"{prefix}/hidden"))
+        close(model.user_representation(inputs, stage), recording.tensor(f"{prefix}/user_representation"))
+        scores = model.scores(inputs, stage)
         close(scores, recording.tensor(f"{prefix}/scores"))
         positive = scores.gather(1, targets[:, None])
         negative = scores.gather(1, recording.tensor(f"task{task}/negatives"))
@@ -198,19 +196,19 @@ def test_later_tasks_hidden_states_scores_and_losses(recording):
         close(losses.bpr(positive, negative).mean(), bpr)
         close(losses.bce(positive, negative).mean(), recording.tensor(f"{prefix}/bce"))
         assert recording.config["l2"][task - 2] == pytest.approx(float(recording.arrays[f"task{task}/l2"]))
-        close(recording.loss(task, reading.stage)(model, reading, inputs, targets, None), bpr + penalty)
+        close(recording.loss(task, stage.mode)(model, stage, inputs, targets, None), bpr + penalty)
 
 
 def test_gradients_are_the_originals_and_zero_on_owned_weights(recording):
-    for reading in every_stage(recording):
-        model = recording.start(*reading)
-        model.train_only(reading)
-        recording.loss(*reading)(model, reading, *recording.batch(reading.task), None).backward()
+    for stage in every_stage(recording):
+        model = recording.start(*stage)
+        model.train_only(stage)
+        recording.loss(*stage)(model, stage, *recording.batch(stage.task), None).backward()
         for name, parameter in model.named_parameters():
             if "conv" in name:
                 layer = name.replace("blocks.", "block").removesuffix(".weight")
-                close(parameter.grad, recording.tensor(f"task{reading.task}/{reading.stage}/grad/{layer}"))
-        for task in range(1, reading.task):
+                close(parameter.grad, recording.tensor(f"task{stage.task}/{stage.mode}/grad/{layer}"))
+        for task in range(1, stage.task):
             for name, mask in recording.masks(task).items():
                 gradient = model.get_parameter(name.replace("owner", "weight")).grad
                 assert (gradient[mask] == 0).all()
@@ -238,18 +236,18 @@ class TensorFlowAdam(torch.optim.Optimizer):
 
 @pytest.mark.parametrize("optimiser, tolerance", [(TensorFlowAdam, 5e-5), (torch.optim.Adam, 2e-3)])
 def test_weights_after_the_optimiser_steps(recording, optimiser, tolerance):
-    for reading in every_stage(recording):
-        model = recording.start(*reading)
+    for stage in every_stage(recording):
+        model = recording.start(*stage)
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        adam = optimiser(model.train_only(reading), lr=recording.config["learning_rate"])
+        adam = optimiser(model.train_only(stage), lr=recording.config["learning_rate"])
         for _ in range(recording.config["adam_steps"]):
             adam.zero_grad()
-            recording.loss(*reading)(model, reading, *recording.batch(reading.task), None).backward()
+            recording.loss(*stage)(model, stage, *recording.batch(stage.task), None).backward()
             adam.step()
         after = model.state_dict()
-        for ours, theirs in recording.parameters(f"after_{reading.stage}_t{reading.task}").items():
+        for ours, theirs in recording.parameters(f"after_{stage.mode}_t{stage.task}").items():
             close(after[ours], recording.tensor(theirs), rtol=0, atol=tolerance)
-        for task in range(1, reading.task):
+        for task in range(1, stage.task):
             for name, mask in recording.masks(task).items():
                 weight = name.replace("owner", "weight")
                 assert torch.equal(after[weight][mask], before[weight][mask])
@@ -267,9 +265,9 @@ def test_pruning_takes_the_same_weights(recording):
 
 def test_task_1_stays_as_it_was_learned(recording):
     inputs, _ = recording.batch(1)
-    learned = recording.model("after_ret_t1", learned=1)(inputs, Reading(1, "inference"))
+    learned = recording.model("after_ret_t1", learned=1)(inputs, Stage(1, "inference"))
     close(learned, recording.tensor("task1/ret/hidden_after"))
-    last = recording.model(f"after_ret_t{recording.tasks}", learned=recording.tasks)(inputs, Reading(1, "inference"))
+    last = recording.model(f"after_ret_t{recording.tasks}", learned=recording.tasks)(inputs, Stage(1, "inference"))
     close(last, recording.tensor("task1/final_hidden"))
     assert torch.equal(learned, last)
 

@@ -9,18 +9,19 @@ from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
 
+from conure import checkpoint
+from conure.errors import InputError
+
 import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, STAGES, run_module
 
-import checkpoint
 import pruning
 from nextitnet import NextItNet
-from settings import InputError
-from tools import chain as chains
-from tools import history
-from tools import report
+from tools.report import __main__ as report
+from tools.report import chain as chains
+from tools.report import history
 
 VOID = {"meta", "img", "source", "wbr", "br"}
 CPU = torch.device("cpu")
@@ -138,12 +139,12 @@ def test_every_task_stands_after_every_stage_with_the_score_that_was_recorded(wr
     checkpoints, folder, _ = written
     page = Page((folder / "report.html").read_text(encoding="utf-8"))
     head, *rows = [[plain(cell) for cell in row] for row in page.tables["Scores by task and stage"]]
-    assert head == ["task", *(f"{stage} {task}" for task, stage in STAGES)]
-    results = pd.read_csv(checkpoints / "results.csv").query("split == 'test'").set_index(["task", "stage"])
+    assert head == ["task", *(f"{mode} {task}" for task, mode in STAGES)]
+    results = pd.read_csv(checkpoints / "results.csv").query("split == 'test'").set_index(["task", "state"])
     for task in (1, 2, 3, 4):
         name = "accuracy" if task == 4 else "mrr@5"
-        pruned, ret = (f"{results.loc[(task, stage), name]:.4f}" for stage in ("pruned", "ret"))
-        expected = ["–" if at < task else pruned if (at, stage) == (task, "tp") else ret for at, stage in STAGES]
+        pruned, ret = (f"{results.loc[(task, mode), name]:.4f}" for mode in ("pruned", "ret"))
+        expected = ["–" if at < task else pruned if (at, mode) == (task, "tp") else ret for at, mode in STAGES]
         assert rows[task - 1] == [f"task {task}, {name}", *expected]
     assert page.column("Averages by metric", "forgetting") == ["0", "–"]
     assert page.marked == [] and "forgotten nothing: tasks 1 to 3 score exactly as when learned" in page.text
@@ -232,7 +233,7 @@ def test_a_history_is_the_way_of_the_state_that_was_kept(chain):
     first, *_, last = history.histories(str(chain[0] / "checkpoints"))
     results = pd.read_csv(chain[0] / "checkpoints" / "results.csv", float_precision="round_trip")
     results = results.query("task == 1 and split == 'validation'")
-    tp, pruned, ret = (results[results["stage"] == stage]["mrr@5"].tolist() for stage in ("tp", "pruned", "ret"))
+    tp, pruned, ret = (results[results["state"] == state]["mrr@5"].tolist() for state in ("tp", "pruned", "ret"))
     assert first.curves == {"tp": list(zip(range(11), tp)), "ret": list(zip(range(10, 16), ret))}
     assert first.kept["tp"] == (tp.index(max(tp)), max(tp)) and first.pruned == (10, *pruned)
     assert first.kept["ret"] == (10 + ret.index(max(ret)), max(ret)) and ret[0] == pruned[0]
@@ -242,7 +243,7 @@ def test_a_history_is_the_way_of_the_state_that_was_kept(chain):
 
 def test_a_history_without_its_beginning(chain, tmp_path):
     results = pd.read_csv(chain[0] / "checkpoints" / "results.csv", dtype=str)
-    results.query("task == '1' and stage == 'ret'").to_csv(tmp_path / "results.csv", index=False)
+    results.query("task == '1' and state == 'ret'").to_csv(tmp_path / "results.csv", index=False)
     [only] = history.histories(str(tmp_path))
     assert only.curves.keys() == {"ret"} and only.curves["ret"][0][0] == 0 and only.pruned is None
     assert only.kept["ret"] == max(only.curves["ret"], key=lambda point: point[1])
@@ -255,7 +256,7 @@ def begun(chain, tmp_path) -> Path:
     folder.mkdir()
     shutil.copy(chain[0] / "checkpoints" / "tp_t1.pt", folder)
     results = pd.read_csv(chain[0] / "checkpoints" / "results.csv", dtype=str)
-    results.query("task == '1' and stage != 'ret'").to_csv(folder / "results.csv", index=False)
+    results.query("task == '1' and state != 'ret'").to_csv(folder / "results.csv", index=False)
     return folder
 
 
@@ -287,7 +288,7 @@ def test_what_comes_from_files_is_escaped(begun, tmp_path):
 def test_what_is_missing_or_damaged_is_said_in_one_line(copy, tmp_path, run_here):
     def refused(*arguments: str) -> str:
         flags = ["--checkpoint_dir", str(copy), "--output_dir", str(tmp_path / "report"), "--device", "cpu"]
-        code, _, error = run_here("tools/report.py", *flags, *arguments)
+        code, _, error = run_here("tools.report", *flags, *arguments)
         assert code == 2 and re.fullmatch(r"error: [^\n]+\n", error)
         assert not (tmp_path / "report").exists()
         return error
@@ -301,7 +302,7 @@ def test_what_is_missing_or_damaged_is_said_in_one_line(copy, tmp_path, run_here
     for path in copy.glob("*.pt"):
         path.unlink()
     assert "holds no checkpoint: run `python conure_tp_t1.py` first" in refused()
-    for table in ("", "what,else\n1,2\n", "task,stage,split,epoch,mrr@5\none,tp,test,1,0.5\n"):
+    for table in ("", "what,else\n1,2\n", "task,state,split,epoch,mrr@5\none,tp,test,1,0.5\n"):
         (copy / "results.csv").write_text(table)
         assert "is not the table that the scripts write" in refused()
     (copy / "results.csv").unlink()

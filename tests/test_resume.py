@@ -6,13 +6,13 @@ import sys
 import time
 from pathlib import Path
 
+from conure import checkpoint
+
 import pandas as pd
 import pytest
 import torch
 from conftest import FILES, ROOT, chain_settings, flags
 from test_scripts import refused
-
-import checkpoint
 
 SMALL = ["--channels", "8", "--dilations", "1", "--snapshot_minutes", "0.001"]
 
@@ -77,7 +77,7 @@ def test_overwriting_a_stage_replaces_its_results_and_makes_what_follows_stale(c
     code, output, _ = run_here("conure_tp_t2.py", *flags(copy, 2), *settings, "--overwrite")
     assert code == 0
     table = pd.read_csv(copy / "checkpoints" / "results.csv")
-    again = table[(table["task"] == 2) & table["stage"].isin(["tp", "pruned"])]
+    again = table[(table["task"] == 2) & table["state"].isin(["tp", "pruned"])]
     assert len(again) == output.count("RESULT") == 5
     later = "ret_t2.pt, tp_t3.pt, ret_t3.pt, tp_t4.pt, ret_t4.pt"
     assert f"tp_t2.pt is done over, and what goes back to it has to be afterwards: {later}\n" in output
@@ -138,7 +138,7 @@ def test_two_runs_in_one_folder_do_not_meet(killed, tmp_path, run_here):
 def test_a_loss_that_is_not_finite_stops_the_stage(copy, run_here):
     before = files_in(copy / "checkpoints")
     error = refused(run_here("conure_ret_t1.py", *flags(copy, 1), "--learning_rate", "1e30", "--overwrite"))
-    assert "the loss is " in error and "at step 2 of task 1, stage ret" in error and "ret_t1.pt kept as before" in error
+    assert "the loss is " in error and "at step 2 in ret of task 1" in error and "ret_t1.pt kept as before" in error
     after = files_in(copy / "checkpoints")
     assert {name: after[name] for name in after if name.endswith(".pt")} == {
         name: before[name] for name in before if name.endswith(".pt")

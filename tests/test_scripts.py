@@ -7,11 +7,11 @@ import signal
 import subprocess
 import sys
 
+from conure import checkpoint
+
 import pytest
 import torch
 from conftest import FILES, ROOT, STAGES, flags
-
-import checkpoint
 
 
 def refused(result: tuple[int, str, str]) -> str:
@@ -22,9 +22,9 @@ def refused(result: tuple[int, str, str]) -> str:
     return error
 
 
-@pytest.mark.parametrize("task, stage", STAGES)
-def test_help_lists_every_hyperparameter_with_its_comment(run_here, task, stage):
-    script = f"conure_{stage}_t{task}.py"
+@pytest.mark.parametrize("task, mode", STAGES)
+def test_help_lists_every_hyperparameter_with_its_comment(run_here, task, mode):
+    script = f"conure_{mode}_t{task}.py"
     block = (ROOT / script).read_text().split("class Hyperparameters:")[1].split("\n\n")[0]
     fields = re.findall(r"^    (\w+): .* = (.*?)  # (.*)$", block, re.MULTILINE)
     assert len(fields) == len(block.strip().splitlines())
@@ -77,7 +77,7 @@ def test_a_value_of_another_type_at_the_top_of_a_script_is_refused(tmp_path, edi
 
 def test_data_makers_leave_no_files_of_other_data_beside_theirs(run_here, tmp_path):
     (tmp_path / "original_desen_job.csv").write_text("1,2,,3\n")
-    error = refused(run_here("Data/make_demo.py", "--output_dir", str(tmp_path), "--users", "5", "--overwrite"))
+    error = refused(run_here("Data.make_demo", "--output_dir", str(tmp_path), "--users", "5", "--overwrite"))
     assert "original_desen_job.csv is of other data" in error
 
 
@@ -110,10 +110,10 @@ def test_without_a_compiler_training_goes_on_plainly(demo, tmp_path):
 
 def test_a_missing_predecessor_names_the_script_to_run(run_here, demo, chain, tmp_path):
     assert "conure_tp_t1.py" in refused(run_here("conure_ret_t1.py", *flags(tmp_path, 1)[2:], *flags(demo, 1)[:2]))
-    for task, stage in STAGES[1:]:
-        before = f"conure_tp_t{task}.py" if stage == "ret" else f"conure_ret_t{task - 1}.py"
+    for task, mode in STAGES[1:]:
+        before = f"conure_tp_t{task}.py" if mode == "ret" else f"conure_ret_t{task - 1}.py"
         elsewhere = ["--checkpoint_dir", str(tmp_path)]
-        assert before in refused(run_here(f"conure_{stage}_t{task}.py", *flags(demo, task), *elsewhere))
+        assert before in refused(run_here(f"conure_{mode}_t{task}.py", *flags(demo, task), *elsewhere))
     assert "conure_tp_t1.py" in refused(run_here("evaluate.py", "--checkpoint_dir", str(tmp_path)))
 
 
@@ -156,8 +156,8 @@ def test_ctrl_c_ends_training_as_if_it_had_converged(demo, tmp_path):
     """The best state is kept and pruned, and the chain goes on from it."""
     arguments = [*flags(demo, 1), "--index_path", str(tmp_path / "index.csv"), "--checkpoint_dir", str(tmp_path)]
     endless = ["--channels", "8", "--dilations", "1", "--epochs", "100000"]
-    for stage, shape in (("tp", endless), ("ret", endless[-2:])):
-        command = [sys.executable, str(ROOT / f"conure_{stage}_t1.py"), *arguments, *shape]
+    for mode, shape in (("tp", endless), ("ret", endless[-2:])):
+        command = [sys.executable, str(ROOT / f"conure_{mode}_t1.py"), *arguments, *shape]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             printed = []
             for line in process.stdout:
@@ -196,11 +196,10 @@ def test_ctrl_c_after_training_does_not_interrupt_what_is_left(demo, tmp_path):
     assert process.returncode == 0 and "saved" in rest and (tmp_path / "tp_t1.pt").exists()
 
 
-@pytest.mark.parametrize("task, stage", STAGES)
-def test_each_script_trains_its_own_loss(run_here, monkeypatch, chain, tmp_path, task, stage):
+@pytest.mark.parametrize("task, mode", STAGES)
+def test_each_script_trains_its_own_loss(run_here, monkeypatch, chain, tmp_path, task, mode):
     """With the hyperparameters that are given, and of the kind that the task calls for."""
-    import losses
-    import training
+    from conure import losses, training
 
     folder, seen = tmp_path / "copy", []
     shutil.copytree(chain[0], folder)
@@ -212,14 +211,14 @@ def test_each_script_trains_its_own_loss(run_here, monkeypatch, chain, tmp_path,
     monkeypatch.setattr(training.Run, "train", see)
     given = ["--negative_fraction", "0.5", "--padding_in_loss"] if task == 1 else ["--l2", "0.125"]
     for arguments in (given, ["--as_original"], ["--as_original", *given]):
-        assert run_here(f"conure_{stage}_t{task}.py", *flags(folder, task), *arguments, "--overwrite")[0] == 130
+        assert run_here(f"conure_{mode}_t{task}.py", *flags(folder, task), *arguments, "--overwrite")[0] == 130
     improved, original, both = (loss for loss, _ in seen)
     assert [dropout for _, dropout in seen] == [0.3 if task == 1 else 0, 0, 0]
     if task == 1:
         items = original.sampler.items
         assert [loss.sampler.count for loss in (improved, original, both)] == [items // 2, items // 5, items // 2]
         assert improved.ignored_label is None and original.ignored_label is None
-        run_here(f"conure_{stage}_t{task}.py", *flags(folder, task), "--overwrite")
+        run_here(f"conure_{mode}_t{task}.py", *flags(folder, task), "--overwrite")
         assert seen[3][0].sampler.count == items // 5 and seen[3][0].ignored_label > 0
     else:
         assert type(improved) is losses.TargetLoss and improved.l2 == both.l2 == 0.125

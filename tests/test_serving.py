@@ -5,6 +5,8 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+from conure import checkpoint, files, ttl_format
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,12 +14,9 @@ import torch
 from conftest import FILES
 from test_scripts import refused
 
-import checkpoint
 import data_loader
-import files
-import ttl_format
 from nextitnet import NextItNet
-from pruning import Reading
+from pruning import Stage
 from tools import export
 
 
@@ -26,7 +25,7 @@ def tool(run_here):
     """Runs a tool, which must succeed, and returns what it printed."""
 
     def run(name: str, *arguments) -> str:
-        code, output, error = run_here(f"tools/{name}.py", *map(str, arguments))
+        code, output, error = run_here(f"tools.{name}", *map(str, arguments))
         assert code == 0, error
         return output
 
@@ -64,8 +63,8 @@ def test_representations_are_the_models_bit_by_bit_whatever_it_has_learned_since
     users, inputs = np.load(output), inputs_of(chain, task)
     assert users.dtype == np.float32 and users.shape == (len(inputs), 32)
     with torch.no_grad():
-        expected = model_of(chain).user_representation(inputs[:256], Reading(task, "inference"))
-        last = model_of(chain).user_representation(inputs[-256:], Reading(task, "inference"))
+        expected = model_of(chain).user_representation(inputs[:256], Stage(task, "inference"))
+        last = model_of(chain).user_representation(inputs[-256:], Stage(task, "inference"))
     assert np.array_equal(users[:256], expected.numpy())
     np.testing.assert_allclose(users[-256:], last.numpy(), atol=1e-6)
 
@@ -154,7 +153,7 @@ def test_recommendations_are_the_best_scores_in_the_users_own_tokens(chain, serv
     record = checkpoint.load(str(chain[0] / "checkpoints" / "ret_t4.pt"))[0]["tasks"][task]
     tokens = data_loader.Vocabulary.from_tensor(record["targets"]).tokens
     with torch.no_grad():
-        scores = model_of(chain).scores(inputs_of(chain, task), Reading(task, "inference")).numpy()
+        scores = model_of(chain).scores(inputs_of(chain, task), Stage(task, "inference")).numpy()
     for never in ("<UNK>", "0"):
         if never in tokens:
             scores[:, tokens.index(never)] = -np.inf
@@ -197,8 +196,8 @@ print(len(files["items.txt"].split("\\n")), files["targets.txt"].split("\\n")[0]
     model = model_of(chain)
     assert done.stdout.split() == [str(model.architecture["items"]), "<UNK>"]
     with torch.no_grad():
-        reading = Reading(task, "inference")
-        expected = model.user_representation(inputs, reading), model.scores(inputs, reading)[:, 1:]
+        stage = Stage(task, "inference")
+        expected = model.user_representation(inputs, stage), model.scores(inputs, stage)[:, 1:]
     for count in (1, 300):
         users, scores = torch.load(tmp_path / f"{count}.pt")
         assert (scores[:, 0] == -torch.inf).all()
@@ -212,17 +211,17 @@ def test_a_program_counts_positions_as_the_model_does(task):
     model = NextItNet(30, 8, [1, 2], 3, positions=6).eval()
     model.add_head(2, 9)
     torch.nn.init.normal_(model.position.weight)
-    ids, reading = torch.randint(1, 30, (5, 7)), Reading(task, "tp")  # longer than the positions by one or two
+    ids, stage = torch.randint(1, 30, (5, 7)), Stage(task, "tp")  # longer than the positions by one or two
     users, scores = export.Program(model, task, 7)(ids)
     whole = torch.nn.functional.pad(ids, (0, 1)) if task > 1 else ids
-    torch.testing.assert_close(users, model.user_representation(whole, reading), rtol=0, atol=1e-5)
-    torch.testing.assert_close(scores[:, 1:], model.scores(whole, reading)[:, 1:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(users, model.user_representation(whole, stage), rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores[:, 1:], model.scores(whole, stage)[:, 1:], rtol=0, atol=1e-5)
 
 
 def test_what_cannot_be_served_is_refused_in_one_line(chain, serving, run_here, tmp_path):
     served, data = str(serving(2)), str(chain[0] / "Data" / FILES[2])
     source = ["--serving", served, "--data_path", data]
-    represent = ["tools/represent.py", *source, "--output", str(tmp_path / "u.npy")]
+    represent = ["tools.represent", *source, "--output", str(tmp_path / "u.npy")]
     assert "serves task 2: give --task 2" in refused(run_here(*represent, "--task", "3"))
     assert "must end with .npy, .csv" in refused(run_here(*represent, "--task", "2", "--output", "u.txt"))
     (tmp_path / "ids").write_text("one\ntwo\n")
@@ -238,15 +237,15 @@ def test_what_cannot_be_served_is_refused_in_one_line(chain, serving, run_here, 
     over = ["--data_path", str(tmp_path / "rows.csv"), "--output", str(tmp_path / "rows.csv")]
     assert "is a file that is read" in refused(run_here(*represent, "--task", "2", *over))
     assert (tmp_path / "rows.csv").read_text() == "1,2,3\n"
-    missing = ["tools/recommend.py", *source[2:], "--serving", str(tmp_path / "none"), "--task", "2"]
+    missing = ["tools.recommend", *source[2:], "--serving", str(tmp_path / "none"), "--task", "2"]
     wanted = f"run `python -m tools.export --task 2 --output {tmp_path / 'none'}` first"
     assert wanted in refused(run_here(*missing))
-    classes = ["tools/recommend.py", "--task", "4", "--serving", str(serving(4)), "--exclude_seen"]
+    classes = ["tools.recommend", "--task", "4", "--serving", str(serving(4)), "--exclude_seen"]
     assert "--exclude_seen is for tasks of items" in refused(run_here(*classes))
     bits = bytearray(Path(served).read_bytes())
     bits[len(bits) // 2] ^= 1
     Path(served).write_bytes(bits)
     assert "damaged" in refused(run_here(*represent, "--task", "2"))
     folder = ["--checkpoint_dir", str(chain[0] / "checkpoints")]
-    assert "has learned tasks 1 to 4" in refused(run_here("tools/export.py", "--task", "5", *folder))
-    assert "--dtype int8 makes no sense" in refused(run_here("tools/export.py", "--task", "1", "--dtype", "int8"))
+    assert "has learned tasks 1 to 4" in refused(run_here("tools.export", "--task", "5", *folder))
+    assert "--dtype int8 makes no sense" in refused(run_here("tools.export", "--task", "1", "--dtype", "int8"))

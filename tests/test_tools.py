@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from conure import checkpoint
+
 import pandas as pd
 import pytest
 from conftest import ROOT, run_module
 
-import checkpoint
 import pruning
 from tools import baselines
 
@@ -131,7 +132,7 @@ def test_the_seeds_end_with_the_process_that_started_them(endless):
 
 
 def test_an_unknown_method_is_refused(run_here):
-    code, _, error = run_here("tools/baselines.py", "--only", "SASRec")
+    code, _, error = run_here("tools.baselines", "--only", "SASRec")
     assert code == 2 and error.startswith("error: --only SASRec is none of Conure, no_retraining, ")
 
 

@@ -28,22 +28,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import settings  # isort: skip (before torch, whose threads it tells how to wait)
+from conure import checkpoint, launch, losses, metrics, training
+from conure.errors import InputError
+from conure.files import whole_file
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import checkpoint
 import data_loader
-import losses
-import metrics
-import training
-from files import whole_file
 from nextitnet import CausalConv, NextItNet
-from pruning import Reading
-from settings import InputError
+from pruning import Stage
 from tools import study
 
 TASKS = (1, 2, 3, 4)
@@ -66,8 +62,8 @@ def only_named(model: nn.Module, chosen: Callable[[str], bool]) -> list[nn.Param
 class Unprotected(NextItNet):
     """Trains everything but the heads of other tasks; it is never pruned, so that all weights are free."""
 
-    def train_only(self, reading: Reading) -> list[nn.Parameter]:
-        return only_named(self, lambda name: not name.startswith("heads.") or self.is_own(name, reading.task))
+    def train_only(self, stage: Stage) -> list[nn.Parameter]:
+        return only_named(self, lambda name: not name.startswith("heads.") or self.is_own(name, stage.task))
 
     def is_own(self, name: str, task: int) -> bool:
         return name.startswith(f"heads.{task}.")
@@ -84,8 +80,8 @@ class Joint(Unprotected):
 
 
 class HeadOnly(NextItNet):
-    def train_only(self, reading: Reading) -> list[nn.Parameter]:
-        return only_named(self, lambda name: name.startswith(f"heads.{reading.task}."))
+    def train_only(self, stage: Stage) -> list[nn.Parameter]:
+        return only_named(self, lambda name: name.startswith(f"heads.{stage.task}."))
 
 
 class Adapter(nn.Module):
@@ -114,8 +110,8 @@ class Adapted(NextItNet):
                 conv.adapter = Adapter(self.architecture["channels"])
                 conv.register_forward_hook(lambda conv, _, output: conv.adapter(output))
 
-    def train_only(self, reading: Reading) -> list[nn.Parameter]:
-        return only_named(self, lambda name: ".adapter." in name or name.startswith(f"heads.{reading.task}."))
+    def train_only(self, stage: Stage) -> list[nn.Parameter]:
+        return only_named(self, lambda name: ".adapter." in name or name.startswith(f"heads.{stage.task}."))
 
 
 class JointLoss:
@@ -124,11 +120,11 @@ class JointLoss:
     def __init__(self, own: losses.Loss, first: losses.Loss, data: data_loader.TaskData, batch_size: int):
         self.own, self.first, self.data, self.batch_size = own, first, data, batch_size
 
-    def __call__(self, model: NextItNet, reading: Reading, inputs: Tensor, targets: Tensor, generator, share):
+    def __call__(self, model: NextItNet, stage: Stage, inputs: Tensor, targets: Tensor, generator, share):
         examples = self.data.splits["train"]
         drawn = examples[torch.randint(len(examples), (self.batch_size,), generator=generator).numpy()]
-        first = self.first(model, Reading(1, reading.stage), *self.data.batch(drawn), generator, share)
-        return self.own(model, reading, inputs, targets, generator, share) + first
+        first = self.first(model, Stage(1, stage.mode), *self.data.batch(drawn), generator, share)
+        return self.own(model, stage, inputs, targets, generator, share) + first
 
 
 @dataclass
@@ -137,14 +133,14 @@ class Step:
 
     method: str
     task: int  # whose data it learns
-    stage: str = "tp"
+    mode: str = "tp"
     start: "Step | None" = None
     network: type[NextItNet] = NextItNet
     number: int = 0  # of the task in the model, where it is another
 
     @property
-    def reading(self) -> Reading:
-        return Reading(self.number or self.task, self.stage)
+    def stage(self) -> Stage:
+        return Stage(self.number or self.task, self.mode)
 
 
 def conure(tasks: Iterable[int] = TASKS) -> list[Step]:
@@ -164,8 +160,8 @@ def no_retraining() -> list[Step]:
 
 def no_task_2() -> list[Step]:
     steps = conure([1])
-    for stage in ("tp", "ret"):
-        steps.append(Step("no_task_2", 3, stage, steps[-1], number=2))
+    for mode in ("tp", "ret"):
+        steps.append(Step("no_task_2", 3, mode, steps[-1], number=2))
     return steps
 
 
@@ -208,14 +204,14 @@ class Comparison(study.Study):
     """All methods with one seed."""
 
     def path(self, step: Step) -> str:
-        return checkpoint.path_of(str(self.folder / step.method), *step.reading)
+        return checkpoint.path_of(str(self.folder / step.method), step.stage)
 
     def steps_per_epoch(self, task: int, batch_size: int) -> int:
         return math.ceil(len(self.data(task).splits["train"]) / batch_size)
 
     def run(self, step: Step) -> None:
         """Trains the step, if that is not done yet."""
-        hp, data, first = self.settings(step.task, step.stage), self.data(step.task), self.settings(1, "tp")
+        hp, data, first = self.settings(step.task, step.mode), self.data(step.task), self.settings(1, "tp")
         loss = self.loss(step.task, hp)
         if step.network is not NextItNet:  # trained in one go, as long as Conure trains and retrains
             hp.epochs += self.settings(step.task, "ret").epochs
@@ -225,7 +221,7 @@ class Comparison(study.Study):
             hp.epochs = max(hp.epochs, math.ceil(wanted / self.steps_per_epoch(step.task, hp.batch_size)))
             loss = JointLoss(loss, self.loss(1, first), self.data(1), first.batch_size)
         start, metric = self.path(step.start) if step.start else None, study.METRIC.get(step.task, "ranking")
-        self.learn(self.folder / step.method, hp, step.reading, data, loss, start, step.network, metric)
+        self.learn(self.folder / step.method, hp, step.stage, data, loss, start, step.network, metric)
 
     def content(self, step: Step) -> dict[str, Any]:
         return checkpoint.load(self.path(step))[0]
@@ -236,8 +232,8 @@ class Comparison(study.Study):
         model = checkpoint.build_model(content).to(device)
         scores = {}
         for number, record in content["tasks"].items():
-            reading, data = checkpoint.reading_of(number, record["state"]), self.data(self.task_of(record))
-            scores[number] = metrics.evaluate(model, data, reading, record["metric"], record["top_k"], device)["test"]
+            stage, data = checkpoint.stage_of_state(number, record["state"]), self.data(self.task_of(record))
+            scores[number] = metrics.evaluate(model, data, stage, record["metric"], record["top_k"], device)["test"]
         return scores
 
     def task_of(self, record: dict[str, Any]) -> int:
@@ -255,7 +251,7 @@ class Comparison(study.Study):
             scores = {step.task: as_learned(step, content) for step, content in zip(steps, contents)}
             total = bytes_to_serve([(content, {step.task}) for step, content in zip(steps, contents)])
         for task in sorted({step.task for step in steps}):
-            number = next(step.reading.task for step in steps if step.task == task)
+            number = next(step.stage.task for step in steps if step.task == task)
             records = [content["tasks"][number] for step, content in zip(steps, contents) if step.task == task]
             yield {
                 "method": method,
@@ -291,7 +287,7 @@ class Comparison(study.Study):
 
 def as_learned(step: Step, content: dict[str, Any]) -> dict[str, float]:
     """The test scores that were recorded when the step ended."""
-    record = content["tasks"][step.reading.task]
+    record = content["tasks"][step.stage.task]
     return record["results"][record["state"]]["test"]
 
 
@@ -380,4 +376,4 @@ def main(hp: Hyperparameters) -> None:
 
 
 if __name__ == "__main__":
-    settings.run(main, Hyperparameters, __doc__)
+    launch.run(main, Hyperparameters, __doc__)

@@ -16,16 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import settings  # isort: skip (before torch, whose threads it tells how to wait)
+from conure import checkpoint, launch, losses
+from conure.files import whole_file
 
 import pandas as pd
 
-import checkpoint
 import data_loader
-import losses
 import pruning
-from files import whole_file
-from pruning import Reading
+from pruning import Stage
 from tools import study
 
 SPLIT_TASK, NEXT_TASK = 2, 3  # whose targets are split, and which task is learned at each depth
@@ -59,12 +57,12 @@ class Capacity(study.Study):
 
     def first(self, folder: Path, ratio: float) -> None:
         """Task 1 pruned by `ratio` in `folder`: trained once for all ratios, as that comes before pruning."""
-        path = checkpoint.path_of(str(folder), 1, "tp")
+        path = checkpoint.path_of(str(folder), Stage(1, "tp"))
         if os.path.exists(path):
             return
         hp = self.settings(1, "tp")
-        self.learn(self.folder, hp, Reading(1, "tp"), self.data(1), self.loss(1, hp), None)
-        content, _ = checkpoint.load(checkpoint.path_of(str(self.folder), 1, "tp"))
+        self.learn(self.folder, hp, Stage(1, "tp"), self.data(1), self.loss(1, hp), None)
+        content, _ = checkpoint.load(checkpoint.path_of(str(self.folder), Stage(1, "tp")))
         model = checkpoint.build_model(content)
         for layer in pruning.owned_weights(model):
             layer.owner.fill_(pruning.FREE)
@@ -80,11 +78,11 @@ class Capacity(study.Study):
         self.first(folder, ratio)
         for number in range(1, len(parts) + 2):
             task, data = (1, self.data(1)) if number == 1 else (SPLIT_TASK, parts[number - 2])
-            for stage in ("ret",) if number == 1 else ("tp", "ret"):
-                start = checkpoint.path_of(str(folder), *checkpoint.stage_before(number, stage))
-                hp = self.settings(task, stage, prune_ratio=ratio)
+            for mode in ("ret",) if number == 1 else ("tp", "ret"):
+                start = checkpoint.path_of(str(folder), checkpoint.stage_before(Stage(number, mode)))
+                hp = self.settings(task, mode, prune_ratio=ratio)
                 loss = self.loss(1, hp) if task == 1 else losses.target(hp, data)
-                self.learn(folder, hp, Reading(number, stage), data, loss, start)
+                self.learn(folder, hp, Stage(number, mode), data, loss, start)
             if number == 1:
                 yield self.row(percent, 1, 0, folder)
             if number in self.hp.depths:
@@ -93,16 +91,16 @@ class Capacity(study.Study):
 
     def next_task(self, folder: Path, learned: int, ratio: float) -> None:
         """Task 3 as the next one of a model that has learned so many."""
-        for stage in ("tp", "ret"):
-            home = folder.parent if stage == "tp" else folder
-            start = checkpoint.path_of(str(home), *checkpoint.stage_before(learned + 1, stage))
-            hp = self.settings(NEXT_TASK, stage, prune_ratio=ratio)
+        for mode in ("tp", "ret"):
+            home = folder.parent if mode == "tp" else folder
+            start = checkpoint.path_of(str(home), checkpoint.stage_before(Stage(learned + 1, mode)))
+            hp = self.settings(NEXT_TASK, mode, prune_ratio=ratio)
             data = self.data(NEXT_TASK)
-            self.learn(folder, hp, Reading(learned + 1, stage), data, self.loss(NEXT_TASK, hp), start)
+            self.learn(folder, hp, Stage(learned + 1, mode), data, self.loss(NEXT_TASK, hp), start)
 
     def row(self, percent: int, task: int, learned: int, folder: Path) -> dict[str, Any]:
         """The test score of the task that was learned after so many, and the share of weights that it found free."""
-        content, _ = checkpoint.load(checkpoint.path_of(str(folder), learned + 1, "ret"))
+        content, _ = checkpoint.load(checkpoint.path_of(str(folder), Stage(learned + 1, "ret")))
         scores = content["tasks"][learned + 1]["results"]["ret"]["test"]
         name, score = next(iter(scores.items()))
         row = {"seed": self.seed, "prune_ratio": percent / 100, "task": task, "learned_before": learned}
@@ -155,4 +153,4 @@ def main(hp: Hyperparameters) -> None:
 
 
 if __name__ == "__main__":
-    settings.run(main, Hyperparameters, __doc__)
+    launch.run(main, Hyperparameters, __doc__)

@@ -18,16 +18,15 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-import settings  # isort: skip (before torch, whose threads it tells how to wait)
+from conure import checkpoint, launch
+from conure.errors import InputError
+from conure.files import save_sealed, torch_writing, whole_file
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import checkpoint
-from files import save_sealed, torch_writing, whole_file
 from nextitnet import NextItNet
-from settings import InputError
 from tools import serving
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -138,4 +137,4 @@ def main(hp: Hyperparameters) -> None:
 
 
 if __name__ == "__main__":
-    settings.run(main, Hyperparameters, __doc__)
+    launch.run(main, Hyperparameters, __doc__)

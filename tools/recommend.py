@@ -11,15 +11,15 @@ import sys
 from dataclasses import dataclass
 from typing import BinaryIO
 
-import settings  # isort: skip (before torch, whose threads it tells how to wait)
+from conure import launch
+from conure.errors import InputError
+from conure.files import whole_file
+from conure.training import pick_device
 
 import numpy as np
 import pandas as pd
 
-from files import whole_file
-from settings import InputError
 from tools import serving
-from training import pick_device
 
 
 @dataclass
@@ -58,4 +58,4 @@ def main(hp: Hyperparameters) -> None:
 
 
 if __name__ == "__main__":
-    settings.run(main, Hyperparameters, __doc__)
+    launch.run(main, Hyperparameters, __doc__)

@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-import settings  # isort: skip (before torch, whose threads it tells how to wait)
+from conure import launch
+from conure.errors import InputError
+from conure.files import whole_file
+from conure.training import pick_device
 
 import numpy as np
 import pandas as pd
 
-from files import whole_file
-from settings import InputError
 from tools import serving
-from training import pick_device
 
 BLOCKS_A_GROUP = 64  # of the parquet file: 16,384 rows
 
@@ -98,4 +98,4 @@ def main(hp: Hyperparameters) -> None:
 
 
 if __name__ == "__main__":
-    settings.run(main, Hyperparameters, __doc__)
+    launch.run(main, Hyperparameters, __doc__)

@@ -18,22 +18,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import settings  # isort: skip (before torch, whose threads it tells how to wait)
+from conure import checkpoint
+from conure.errors import InputError
+from conure.files import load_sealed
+from conure.matmul import wide_linear
+from conure.metrics import EVALUATION_BATCH, SCORES_AT_ONCE
+from conure.ttl_format import Encoder, read_lines
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import checkpoint
 import pruning
 from data_loader import PADDING, UNKNOWN, Vocabulary
-from files import load_sealed
-from matmul import wide_linear
-from metrics import EVALUATION_BATCH, SCORES_AT_ONCE
 from nextitnet import NextItNet
-from pruning import Reading
-from settings import InputError
-from ttl_format import Encoder, read_lines
+from pruning import Stage
 
 FORMAT = 1
 
@@ -48,7 +47,6 @@ class Source:
     ids: str = ""  # a file with the user of each row, one a line; empty: their numbers, from 1
     device: str = "auto"  # auto, cpu or cuda
 
-
     def check_output(self, path: str) -> None:
         """InputError if writing there would destroy what is read."""
         if os.path.realpath(path) in map(os.path.realpath, (self.data_path, self.ids, self.serving)):
@@ -62,9 +60,9 @@ def path_of(folder: str, task: int) -> str:
 def extract(content: dict[str, Any], task: int, dtype: torch.dtype) -> dict[str, Any]:
     """What a checkpoint's content has for `task`; the same however many tasks it has learned since."""
     record, state = content["tasks"][task], dict(content["model"])
-    reading, conv = checkpoint.reading_of(task, record["state"]), {}
+    stage, conv = checkpoint.stage_of_state(task, record["state"]), {}
     for name in [name.removesuffix(".owner") for name in state if name.endswith(".owner")]:
-        readable, _ = pruning.used_and_trained(state.pop(f"{name}.owner"), reading)
+        readable, _ = pruning.used_and_trained(state.pop(f"{name}.owner"), stage)
         weight = state.pop(f"{name}.weight")
         bits = torch.from_numpy(np.packbits(readable.numpy()))
         conv[name] = {"shape": list(weight.shape), "readable": bits, "weights": weight[readable].to(dtype)}
@@ -165,7 +163,7 @@ class Served:
         whole = torch.cat([ids, ids[-1:].expand(EVALUATION_BATCH - len(ids), -1)])
         if self.task > 1:
             whole = torch.nn.functional.pad(whole, (0, 1))  # the separator, where the target would come
-        return self.model.user_representation(whole.to(self.device), Reading(self.task, "inference"))[: len(ids)]
+        return self.model.user_representation(whole.to(self.device), Stage(self.task, "inference"))[: len(ids)]
 
     @torch.no_grad()
     def best(self, ids: Tensor, k: int, exclude_seen: bool) -> tuple[np.ndarray, np.ndarray]:

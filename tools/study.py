@@ -14,17 +14,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
-import settings  # isort: skip (before torch, whose threads it tells how to wait)
+from conure import losses, training
+from conure.errors import InputError, NothingToDo
+from conure.stage_files import StageFiles
 
 import torch
 
 import data_loader
-import losses
-import training
 from nextitnet import NextItNet
-from pruning import Reading
-from settings import InputError, NothingToDo
-from stage import Stage
+from pruning import Stage
 
 T = TypeVar("T")
 
@@ -46,7 +44,7 @@ class Settings:
     learning_rate: float = 1e-3  # of every other task
 
 
-class Origin(Stage):
+class Origin(StageFiles):
     """A stage that starts from the checkpoint named, or from nothing, wherever it stands."""
 
     def __init__(self, start: str | None, network: type[NextItNet], *arguments: Any):
@@ -68,9 +66,9 @@ class Study:
         self.folder = Path(hp.output_dir) / f"seed_{seed}"
         self.loaded: dict[int, data_loader.TaskData] = {}
 
-    def settings(self, task: int, stage: str, **changes: Any) -> SimpleNamespace:
+    def settings(self, task: int, mode: str, **changes: Any) -> SimpleNamespace:
         """The block of the task's script, with the architecture and the changes that the tool's block asks for."""
-        scripts = ("conure_tp_t1", f"conure_{stage}_t{task}")  # the first for what only it has, as the kernel size
+        scripts = ("conure_tp_t1", f"conure_{mode}_t{task}")  # the first for what only it has, as the kernel size
         first, block = (importlib.import_module(name).Hyperparameters() for name in scripts)
         values = vars(first) | vars(block) | {"seed": self.seed, "index_path": str(self.folder / "index.csv")}
         values["data_path"] = os.path.join(self.hp.data_dir, os.path.basename(block.data_path))
@@ -97,7 +95,7 @@ class Study:
         self,
         folder: Path,
         hp: SimpleNamespace,
-        reading: Reading,
+        stage: Stage,
         data: data_loader.TaskData,
         loss: losses.Loss,
         start: str | None,
@@ -111,9 +109,9 @@ class Study:
         folder.mkdir(parents=True, exist_ok=True)
         hp.checkpoint_dir = str(folder)
         with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.suppress(NothingToDo):
-            run = training.Run(hp, reading, data, metric, lambda *arguments: Origin(start, network, *arguments))
+            run = training.Run(hp, stage, data, metric, lambda *arguments: Origin(start, network, *arguments))
             run.train(loss, to_the_end=True)  # as one that is cut short would be compared with others that are not
-            if network is NextItNet and reading.stage == "tp":
+            if network is NextItNet and stage.mode == "tp":
                 run.prune()
             run.save()
 

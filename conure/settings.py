@@ -1,33 +1,18 @@
-"""Hyperparameter blocks on the command line, and how a script ends when its input is bad.
+"""Hyperparameter blocks on the command line.
 
 A block is a dataclass at the top of a script, one field a line with a comment behind it. Every field is also a flag of
 the same name, and its comment is the flag's help.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import inspect
-import os
 import re
-import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, get_type_hints
 
-# How many rounds torch's threads spin before they sleep when they wait for each other. With the default, 300,000, three
-# runs at once on two cores took 1.8 s a step each, with 1,000 they take 0.04 s; one alone is as fast with either. It is
-# read when torch is loaded, so this module comes before it.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
-
-class InputError(Exception):
-    """Something the user gave cannot be used; the message says what, where and what to do, in one line."""
-
-
-class NothingToDo(Exception):
-    """What was asked for is done already; the message says so."""
-
+from conure.errors import InputError
 
 # The types of fields, and what their values look like on the command line.
 KINDS = {
@@ -161,48 +146,3 @@ def from_command_line(block: type, about: str, arguments: list[str] | None = Non
 def printable(value: Any) -> str:
     """A value as it is typed on the command line."""
     return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
-
-
-def group_of(hyperparameters: Any) -> contextlib.AbstractContextManager:
-    """Nothing, unless torchrun started several processes of a script that trains or scores."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not hasattr(hyperparameters, "device"):
-        return contextlib.nullcontext()
-    import processes  # only now, as it loads torch
-
-    return processes.group(hyperparameters.device)
-
-
-def run(main: Callable[[Any], int | None], block: type, about: str) -> NoReturn:
-    """Runs a script's `main` with its hyperparameters and ends the process: 0, 2 for bad input, 130 for Ctrl-C.
-
-    Ctrl-C during training does not come here: training takes it as the end of training.
-    """
-    sys.stdout.reconfigure(line_buffering=True)  # so that a log file or a pipe gets each line when it is printed
-    try:
-        hyperparameters = from_command_line(block, about)
-        with group_of(hyperparameters):
-            code = main(hyperparameters)
-        sys.exit(code or 0)
-    except NothingToDo as done:
-        if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started
-            print(done)
-        sys.exit(0)
-    except BrokenPipeError:  # what read the output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
-            raise
-        reason = (str(error) or "out of memory").splitlines()[0][:150]
-        print(f"error: {reason}: lower --batch_size, --channels or --negative_fraction", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        print(
-            "\ninterrupted: no checkpoint written; the same command goes on from the last snapshot, if any",
-            file=sys.stderr,
-        )
-        sys.exit(130)

@@ -2,34 +2,36 @@
 
 import os
 import shlex
+from pathlib import Path
 from typing import Any
+
+from conure import checkpoint, processes
+from conure.errors import InputError, NothingToDo
+from conure.files import lock_folder
+from conure.settings import printable
 
 import torch
 
-import checkpoint
-import processes
 import pruning
 from data_loader import TaskData
-from files import lock_folder
 from nextitnet import NextItNet
-from pruning import Reading
-from settings import InputError, NothingToDo, printable
+from pruning import Stage
 
 # What may differ between a run and the one that goes on from its snapshot: of files, digests tell whether they are
 # the same, and the others do not touch the result.
 NOT_IDENTITY = {"data_path", "index_path", "checkpoint_dir", "snapshot_minutes", "overwrite"}
 
 
-class Stage:
-    """One stage of one task in a checkpoint folder, which stays locked until the process ends."""
+class StageFiles:
+    """The files of one stage in a checkpoint folder, which stays locked until the process ends."""
 
     network = NextItNet  # the class of the model
 
-    def __init__(self, hp: Any, reading: Reading, data: TaskData):
+    def __init__(self, hp: Any, stage: Stage, data: TaskData):
         """Raises InputError if the stage before is missing or does not fit, NothingToDo if this one is finished."""
-        self.hp, self.reading, self.data = hp, reading, data
+        self.hp, self.stage, self.data = hp, stage, data
         self.lock = lock_folder(hp.checkpoint_dir) if processes.is_main() else None
-        self.path = checkpoint.path_of(hp.checkpoint_dir, *reading)
+        self.path = checkpoint.path_of(hp.checkpoint_dir, stage)
         self.snapshot_path = checkpoint.snapshot_of(self.path)
         self.before: dict[str, Any] | None = None  # the checkpoint that the stage starts from
         self.tasks, self.lineage, made_from = {}, {}, ""
@@ -45,20 +47,20 @@ class Stage:
 
     def predecessor(self) -> str | None:
         """The path of the checkpoint that the stage starts from; None if it starts from nothing."""
-        if self.reading == Reading(1, "tp"):
+        if self.stage == Stage(1, "tp"):
             return None
-        return checkpoint.path_of(self.hp.checkpoint_dir, *checkpoint.stage_before(*self.reading))
+        return checkpoint.path_of(self.hp.checkpoint_dir, checkpoint.stage_before(self.stage))
 
     def check_fit(self, path: str) -> None:
         """InputError if the checkpoint before, at `path`, has other item ids, or, for ret, other examples."""
-        script = checkpoint.script_of(*checkpoint.stage_before(*self.reading))
+        script = checkpoint.script_of(checkpoint.stage_before(self.stage))
         if not torch.equal(self.before["items"], self.data.items.to_tensor()):
             raise InputError(
                 f"{path} was made with another vocabulary than {self.hp.index_path}: give the right --index_path, or "
-                f"run `python {checkpoint.script_of(1, 'tp')} --overwrite`"
+                f"run `python {checkpoint.script_of(Stage(1, 'tp'))} --overwrite`"
             )
-        if self.reading.stage == "ret":
-            learned = self.before["tasks"][self.reading.task]
+        if self.stage.mode == "ret":
+            learned = self.before["tasks"][self.stage.task]
             if (learned["data_digest"], learned["test_fraction"]) != (self.data.digest, self.hp.test_fraction):
                 raise InputError(
                     f"{path} was made with other data ({learned['data_path']}, test_fraction "
@@ -96,26 +98,26 @@ class Stage:
 
         InputError if no weight is left to train.
         """
-        task, stage = self.reading
+        task, mode = self.stage
         if self.before is None:
             positions = self.data.rows.shape[1] if self.hp.positional_embedding else 0
             items = len(self.data.items)
             model = self.network(items, self.hp.channels, self.hp.dilations, self.hp.kernel_size, positions)
         else:
             model = checkpoint.build_model(self.before, self.network)
-        if stage == "tp" and task > 1:
+        if mode == "tp" and task > 1:
             self.check_capacity(model)
             model.add_head(task, len(self.data.target_vocabulary))
         return model
 
     def prune_ratios(self) -> list[float]:
         """Those of all tasks before this one, and its own."""
-        earlier = [record["prune_ratio"] for task, record in sorted(self.tasks.items()) if task < self.reading.task]
+        earlier = [record["prune_ratio"] for task, record in sorted(self.tasks.items()) if task < self.stage.task]
         return earlier + [self.hp.prune_ratio]
 
     def check_capacity(self, model: NextItNet) -> None:
         """Prints how many weights are free for the task, and how many it will keep; InputError if a layer has none."""
-        task, ratios = self.reading.task, self.prune_ratios()
+        task, ratios = self.stage.task, self.prune_ratios()
         free, kept = zip(*(pruning.budget(layer, ratios) for layer in pruning.owned_weights(model)))
         total = sum(layer.owner.numel() for layer in pruning.owned_weights(model))
         if not all(free):
@@ -153,8 +155,8 @@ class Stage:
             os.remove(self.snapshot_path)
 
     def write_checkpoint(self, model: NextItNet, facts: dict[str, Any], scores: dict[str, dict]) -> None:
-        """`facts` of the task and `scores` by stage and split go into the task's record. Says what to run next."""
-        task, stage = self.reading
+        """`facts` of the task and `scores` by state and split go into the task's record. Says what to run next."""
+        task, mode = self.stage
         record = self.tasks.get(task, {})
         self.tasks[task] = facts | {
             "data_path": self.data.path,
@@ -167,11 +169,11 @@ class Stage:
             "state": list(scores)[-1],
             "results": record.get("results", {}) | scores,
             "hyperparameters": record.get("hyperparameters", {})
-            | {stage: {name: printable(value) for name, value in vars(self.hp).items()}},
+            | {mode: {name: printable(value) for name, value in vars(self.hp).items()}},
         }
         content = {
             "task": task,
-            "stage": stage,
+            "mode": mode,
             "identity": self.identity,
             "lineage": self.lineage,
             "architecture": model.architecture,
@@ -188,15 +190,15 @@ class Stage:
         """What to say when the loss is not finite."""
         kept = [path for path in (self.snapshot_path, self.path) if os.path.exists(path)]
         return (
-            f"the loss is {loss} at step {step} of task {self.reading.task}, stage {self.reading.stage}: start over "
+            f"the loss is {loss} at step {step} in {self.stage.mode} of task {self.stage.task}: start over "
             f"with --overwrite and a lower --learning_rate ({' and '.join(kept) or 'nothing'} kept as before)"
         )
 
     def next_command(self) -> str:
-        task, stage = self.reading
-        script = checkpoint.script_of(task, "ret") if stage == "tp" else checkpoint.script_of(task + 1, "tp")
-        shared = ("checkpoint_dir", "index_path") + (("data_path",) if stage == "tp" else ())
-        if not os.path.exists(os.path.join(os.path.dirname(os.path.abspath(__file__)), script)):
+        task, mode = self.stage
+        script = checkpoint.script_of(Stage(task, "ret") if mode == "tp" else Stage(task + 1, "tp"))
+        shared = ("checkpoint_dir", "index_path") + (("data_path",) if mode == "tp" else ())
+        if not (Path(__file__).parents[1] / script).exists():
             script, shared = "evaluate.py", shared[:1]
         default = type(self.hp)()
         given = {name: getattr(self.hp, name) for name in shared if getattr(self.hp, name) != getattr(default, name)}

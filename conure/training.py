@@ -8,24 +8,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from conure import checkpoint, heads, metrics, processes
+from conure.errors import InputError
+from conure.losses import Loss
+from conure.reporting import Progress, Results
+from conure.settings import printable
+from conure.stage_files import StageFiles
+
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import checkpoint
-import heads
-import metrics
-import processes
 import pruning
 from data_loader import TaskData
-from losses import Loss
 from nextitnet import NextItNet
-from pruning import Reading
-from reporting import Progress, Results
-from settings import InputError, printable
-from stage import Stage
+from pruning import Stage
 
 CHECK_EVERY = 50  # steps between looks at the losses, for which a GPU has to finish what it was given
 BETA2, ADAM_EPS = 0.999, 1e-8  # the original's, which are Adam's defaults
@@ -68,24 +67,29 @@ class Run:
     """The training of one stage, from data to checkpoint."""
 
     def __init__(
-        self, hp: Any, reading: Reading, data: TaskData, metric: str = "ranking", stage: Callable[..., Stage] = Stage
+        self,
+        hp: Any,
+        stage: Stage,
+        data: TaskData,
+        metric: str = "ranking",
+        files: Callable[..., StageFiles] = StageFiles,
     ):
-        """`hp` is the script's hyperparameter block; goes on from a snapshot if there is one. Raises as `stage` does,
-        which makes the stage from the first three."""
-        print(f"task {reading.task}, stage {reading.stage}")
-        self.hp, self.reading, self.data, self.metric = hp, reading, data, metric
+        """`hp` is the script's hyperparameter block; goes on from a snapshot if there is one. Raises as `files`
+        does, which is given the first three."""
+        print(f"task {stage.task}, {stage.mode}")
+        self.hp, self.stage, self.data, self.metric = hp, stage, data, metric
         self.device = pick_device(hp.device)
-        self.stage = stage(hp, reading, data)
+        self.files = files(hp, stage, data)
         make_deterministic(self.device)
         torch.manual_seed(hp.seed)
-        self.model = self.stage.start_model().to(self.device)
+        self.model = self.files.start_model().to(self.device)
         self.informed = self.start_head()
         self.model.dropout.p = hp.dropout
-        self.trained = self.model.train_only(reading)
+        self.trained = self.model.train_only(stage)
         self.trained_count = self.count_trained()  # now, as pruning will give some of it an owner
         on_gpu = self.device.type == "cuda"
         self.precision = PRECISIONS[hp.precision] or (torch.bfloat16 if on_gpu else torch.float32)
-        groups = parameter_groups(self.model, reading.task, hp.table_rate * hp.learning_rate)
+        groups = parameter_groups(self.model, stage.task, hp.table_rate * hp.learning_rate)
         self.optimiser = adam(groups, hp.learning_rate, hp.beta1)
         self.rates = [group["lr"] for group in self.optimiser.param_groups]  # before any decay
         self.generator = torch.Generator().manual_seed(hp.seed)
@@ -94,23 +98,23 @@ class Run:
         self.losses: list[torch.Tensor] = []  # of the steps since they were last checked
         self.best = Best()
         self.stop = StopRequest()
-        self.scores: dict[str, dict[str, dict[str, float]]] = {}  # stage → split → scores, for the checkpoint
-        self.results = Results(os.path.join(hp.checkpoint_dir, "results.csv"), reading)
+        self.scores: dict[str, dict[str, dict[str, float]]] = {}  # state → split → scores, for the checkpoint
+        self.results = Results(os.path.join(hp.checkpoint_dir, "results.csv"), stage)
         self.announce()
-        if state := self.stage.read_snapshot():
+        if state := self.files.read_snapshot():
             self.resume(state)
         processes.wait()  # until all have read what the first one is about to remove or to write over
         if not state:
-            self.stage.remove_snapshot()
+            self.files.remove_snapshot()
 
     def start_head(self) -> bool:
         """Informs the head of a new task, if that is asked for; whether it is one that started as task 1's."""
-        task, stage = self.reading
-        if stage == "ret":
-            informed = self.stage.tasks[task]["informed"]
+        task, mode = self.stage
+        if mode == "ret":
+            informed = self.files.tasks[task]["informed"]
         else:
             informed = task > 1 and self.hp.informed_head
-            informed = informed and heads.inform(self.model, self.data, self.reading, self.device)
+            informed = informed and heads.inform(self.model, self.data, self.stage, self.device)
         if informed:
             heads.anchor(self.model, self.data, task)
         return informed
@@ -136,7 +140,7 @@ class Run:
     def count_trained(self) -> int:
         """How many numbers the stage trains: of the conv weights only those that get a gradient."""
         owners = [layer.owner for layer in pruning.owned_weights(self.model)]
-        frozen = sum(int((~pruning.used_and_trained(owner, self.reading)[1]).sum()) for owner in owners)
+        frozen = sum(int((~pruning.used_and_trained(owner, self.stage)[1]).sum()) for owner in owners)
         return sum(parameter.numel() for parameter in self.trained) - frozen
 
     def train(self, loss: Loss, to_the_end: bool = False) -> None:
@@ -178,13 +182,13 @@ class Run:
                     self.stop.announce(self.epoch)
                     break
         self.restore_best()
-        self.report(self.reading.stage, ("test",))
+        self.report(self.stage.mode, ("test",))
 
     def objective(self, loss: Loss) -> nn.Module:
         """What gives a batch's loss, and the gradients that all processes share."""
         if self.hp.compile and can_compile(self.device):
             self.model.states = torch.compile(self.model.states)
-        objective = Objective(loss, self.model, self.reading, self.generator, self.precision)
+        objective = Objective(loss, self.model, self.stage, self.generator, self.precision)
         if processes.own_share().count > 1:
             objective = DistributedDataParallel(objective, forward_sync_buffers=False, gradient_as_bucket_view=True)
         return objective
@@ -209,7 +213,7 @@ class Run:
         losses = torch.stack(self.losses).cpu()
         if not losses.isfinite().all():
             first = int((~losses.isfinite()).nonzero()[0])
-            raise InputError(self.stage.diverged(losses[first].item(), self.step - len(losses) + first + 1))
+            raise InputError(self.files.diverged(losses[first].item(), self.step - len(losses) + first + 1))
         self.losses.clear()
 
     def batches(self, steps_per_epoch: int) -> Iterator[np.ndarray]:
@@ -230,13 +234,13 @@ class Run:
     @torch.no_grad()
     def consider(self) -> None:
         """Evaluates on validation and remembers the state if none before scored as well."""
-        stage, examples = self.reading.stage, self.data.splits["validation"]
-        reading = checkpoint.reading_of(self.reading.task, stage)
-        ranks = metrics.rank_examples(self.model, self.data, examples, reading, self.device)
+        state, examples = self.stage.mode, self.data.splits["validation"]
+        stage = checkpoint.stage_of_state(self.stage.task, state)
+        ranks = metrics.rank_examples(self.model, self.data, examples, stage, self.device)
         scores = metrics.score(ranks, self.metric, self.hp.top_k)
-        self.results.add(stage, "validation", self.epoch, scores, self.seconds)
+        self.results.add(state, "validation", self.epoch, scores, self.seconds)
         score = next(iter(scores.values()))
-        untrained = stage == "tp" and self.step == 0  # which is no result of tp, even where its head is informed
+        untrained = state == "tp" and self.step == 0  # which is no result of tp, even where its head is informed
         if score > self.best.score and not untrained:
             self.best = Best(score, self.epoch, [parameter.clone() for parameter in self.trained])
 
@@ -262,7 +266,7 @@ class Run:
             "epoch_start": self.epoch_start,
             "results": self.results.own,
         }
-        self.stage.write_snapshot(state)
+        self.files.write_snapshot(state)
 
     @torch.no_grad()
     def resume(self, state: dict[str, Any]) -> None:
@@ -277,47 +281,45 @@ class Run:
         self.seed_dropout()
         self.epoch_start = state["epoch_start"]
         self.results.own = state["results"]
-        print(f"going on from {self.stage.snapshot_path}: step {self.step}, epoch {self.epoch:g}")
+        print(f"going on from {self.files.snapshot_path}: step {self.step}, epoch {self.epoch:g}")
 
     def prune(self) -> None:
         """Gives the task its share of the free weights and reports what that cost."""
-        pruning.prune(self.model, self.reading.task, self.stage.prune_ratios())
+        pruning.prune(self.model, self.stage.task, self.files.prune_ratios())
         self.report("pruned", ("validation", "test"))
         for owner, share in sorted(pruning.shares(self.model).items(), key=lambda item: item[0] or pruning.MAX_TASKS):
             print(f"  {f'task {owner} owns' if owner else 'free'}: {share:.2%} of the conv weights")
 
-    def report(self, stage: str, splits: tuple[str, ...]) -> None:
+    def report(self, state: str, splits: tuple[str, ...]) -> None:
         """Scores all held-out parts of the data and keeps them for the checkpoint; prints `splits`."""
-        reading = checkpoint.reading_of(self.reading.task, stage)
-        scores = metrics.evaluate(self.model, self.data, reading, self.metric, self.hp.top_k, self.device)
-        self.scores[stage] = scores
+        stage = checkpoint.stage_of_state(self.stage.task, state)
+        scores = metrics.evaluate(self.model, self.data, stage, self.metric, self.hp.top_k, self.device)
+        self.scores[state] = scores
         for split in splits:
-            self.results.add(stage, split, self.epoch, scores[split], self.seconds)
+            self.results.add(state, split, self.epoch, scores[split], self.seconds)
 
     def save(self) -> None:
         """Writes the stage's checkpoint and says what to run next."""
         facts = {"metric": self.metric, "top_k": self.hp.top_k, "epoch": self.epoch, "seconds": self.seconds}
         facts |= {"trained": self.trained_count, "informed": self.informed}
         if processes.is_main():
-            self.stage.write_checkpoint(self.model, facts, self.scores)
+            self.files.write_checkpoint(self.model, facts, self.scores)
         self.stop.end()
 
 
 class Objective(nn.Module):
     """A process's share of the loss of a batch, as the module that DistributedDataParallel wants."""
 
-    def __init__(
-        self, loss: Loss, model: nn.Module, reading: Reading, generator: torch.Generator, precision: torch.dtype
-    ):
+    def __init__(self, loss: Loss, model: nn.Module, stage: Stage, generator: torch.Generator, precision: torch.dtype):
         super().__init__()
-        self.loss, self.model, self.reading, self.generator = loss, model, reading, generator
+        self.loss, self.model, self.stage, self.generator = loss, model, stage, generator
         self.precision = precision
 
     def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """`inputs` (B, T) and `targets` (B,) of the whole batch, on the CPU."""
         device = next(self.model.parameters()).device
         with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
-            return self.loss(self.model, self.reading, inputs, targets, self.generator, processes.own_share())
+            return self.loss(self.model, self.stage, inputs, targets, self.generator, processes.own_share())
 
 
 class StopRequest:

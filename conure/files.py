@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
 
-from settings import InputError  # isort: skip (before torch, whose threads it tells how to wait)
+from conure.errors import InputError
 
 import torch
 

@@ -8,18 +8,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from settings import InputError  # isort: skip (before torch, whose threads it tells how to wait)
+from conure import checkpoint, rescoring
+from conure.errors import InputError
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-import checkpoint
 import pruning
-import rescoring
 from nextitnet import NextItNet
-
-Stage = tuple[int, str]  # task, and tp or ret
+from pruning import Stage
 
 
 class Cell(NamedTuple):
@@ -56,7 +54,7 @@ class Chain:
 
     def changed(self, task: int, stage: Stage) -> bool:
         """Whether the task scores otherwise after this stage of a later task than when it was learned."""
-        return stage[0] > task and self.cells[task, stage][:2] != self.learned(task)[:2]
+        return stage.task > task and self.cells[task, stage][:2] != self.learned(task)[:2]
 
     def after(self) -> dict[int, dict[int, float]]:
         """R of `transfer`: by task learned, each task's score after that one's last stage."""
@@ -102,7 +100,7 @@ def read(folder: str, data_dir: str, device: torch.device) -> Chain:
         shared = fingerprint(shared_by_all(model, content))
         for task, record in sorted(content["tasks"].items()):
             reads = shared + fingerprint(read_by(model, task, record))
-            if stage[0] == task and recorded(record):
+            if stage.task == task and recorded(record):
                 cell = recorded(record)
             elif seen.get(task) == reads:
                 cell = chain.cells[task, chain.stages[-1]]._replace(source="same")
@@ -142,7 +140,7 @@ def read_by(model: NextItNet, task: int, record: dict[str, Any]) -> Iterable[Ten
     yield record["targets"]
     yield from model.head(task).parameters()
     for layer in pruning.owned_weights(model):
-        used, _ = pruning.used_and_trained(layer.owner, checkpoint.reading_of(task, record["state"]))
+        used, _ = pruning.used_and_trained(layer.owner, checkpoint.stage_of_state(task, record["state"]))
         yield used
         yield layer.weight[used]
 

@@ -5,14 +5,15 @@ import sys
 import time
 from typing import Any
 
+from conure import processes
+from conure.errors import InputError
+from conure.files import whole_file
+
 import pandas as pd
 from torch import Tensor
 from tqdm import tqdm
 
-import processes
-from files import whole_file
-from pruning import Reading
-from settings import InputError
+from pruning import Stage
 
 SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal to draw a bar on
 SCORES = ("mrr", "hr", "ndcg", "accuracy")  # how the names of scores begin
@@ -50,7 +51,7 @@ class Progress:
 
 
 def result_line(row: dict[str, Any]) -> str:
-    """`RESULT task=2 stage=ret split=test epoch=30 mrr@5=0.0312 …`: scores to four decimals."""
+    """`RESULT task=2 state=ret split=test epoch=30 mrr@5=0.0312 …`: scores to four decimals."""
     formats = {"seconds": ".1f", "epoch": "g"} | {name: ".4f" for name in row if name.startswith(SCORES)}
     return "RESULT " + " ".join(f"{name}={value:{formats.get(name, '')}}" for name, value in row.items())
 
@@ -58,24 +59,24 @@ def result_line(row: dict[str, Any]) -> str:
 class Results:
     """results.csv: the rows of other stages as they were, and those of this one, of which a resumed run drops none."""
 
-    def __init__(self, path: str, reading: Reading):
-        self.path, self.task = path, reading.task
+    def __init__(self, path: str, stage: Stage):
+        self.path, self.task = path, stage.task
         self.own: list[dict[str, Any]] = []
         self.others = pd.DataFrame()
         if os.path.exists(path):
-            stages = ("tp", "pruned") if reading.stage == "tp" else ("ret",)
+            states = ("tp", "pruned") if stage.mode == "tp" else ("ret",)
             try:
                 table = pd.read_csv(path, dtype=str, keep_default_na=False)  # as text, so that no number is rounded
-                own = (table["task"] == str(reading.task)) & table["stage"].isin(stages)
+                own = (table["task"] == str(stage.task)) & table["state"].isin(states)
             except (ValueError, KeyError):
                 raise InputError(f"{path} is not the table that earlier runs wrote: move it away to go on") from None
             self.others = table[~own]
 
-    def add(self, stage: str, split: str, epoch: float, scores: dict[str, float], seconds: float) -> None:
+    def add(self, state: str, split: str, epoch: float, scores: dict[str, float], seconds: float) -> None:
         """Prints a RESULT line and writes it to the file; its columns are all the fields that any row has."""
         row = {
             "task": self.task,
-            "stage": stage,
+            "state": state,
             "split": split,
             "epoch": epoch,
             **scores,

@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
+from conure.errors import InputError
+
 import numpy as np
 import pandas as pd
-
-from settings import InputError
 
 T = TypeVar("T")
 

@@ -3,11 +3,10 @@
 import os
 from typing import NamedTuple
 
-from settings import InputError  # isort: skip (before torch, whose threads it tells how to wait)
+from conure.errors import InputError
+from conure.reporting import SCORES
 
 import pandas as pd
-
-from reporting import SCORES
 
 Point = tuple[float, float]  # epoch, counted through tp and then ret; score
 
@@ -32,7 +31,7 @@ def histories(folder: str) -> list[History]:
         table = pd.read_csv(path, dtype={"task": int, "epoch": float}, float_precision="round_trip")
     except ValueError:
         table = pd.DataFrame()
-    if not {"task", "stage", "split", "epoch"} <= set(table) or not any(name.startswith(SCORES) for name in table):
+    if not {"task", "state", "split", "epoch"} <= set(table) or not any(name.startswith(SCORES) for name in table):
         raise InputError(f"{path} is not the table that the scripts write: put that back")
     return [history(task, rows) for task, rows in table.groupby("task")]
 
@@ -41,15 +40,15 @@ def history(task: int, rows: pd.DataFrame) -> History:
     """The rows of results.csv of one task, as points; ret is counted on from the end of tp, where pruning is."""
     names = [name for name in rows if name.startswith(SCORES)]
     rows = rows.assign(name=rows[names].notna().idxmax(axis=1), score=rows[names].bfill(axis=1).iloc[:, 0])
-    end = rows["epoch"].where(rows["stage"] == "tp", 0.0).max()
-    rows.loc[rows["stage"] == "pruned", "epoch"] = end
-    rows.loc[rows["stage"] == "ret", "epoch"] += end
+    end = rows["epoch"].where(rows["state"] == "tp", 0.0).max()
+    rows.loc[rows["state"] == "pruned", "epoch"] = end
+    rows.loc[rows["state"] == "ret", "epoch"] += end
     points = {key: list(zip(part["epoch"].tolist(), part["score"].tolist()))
-              for key, part in rows.groupby(["stage", "split"])}  # fmt: skip
-    test = {stage: points[stage, "test"][-1] for stage in ("tp", "pruned", "ret") if (stage, "test") in points}
-    curves = {stage: points[stage, "validation"] for stage in ("tp", "ret") if (stage, "validation") in points}
+              for key, part in rows.groupby(["state", "split"])}  # fmt: skip
+    test = {state: points[state, "test"][-1] for state in ("tp", "pruned", "ret") if (state, "test") in points}
+    curves = {state: points[state, "validation"] for state in ("tp", "ret") if (state, "validation") in points}
     kept = {}
-    for stage, curve in curves.items():
-        kept |= {stage: point for point in curve if stage in test and point[0] == test[stage][0]}
+    for state, curve in curves.items():
+        kept |= {state: point for point in curve if state in test and point[0] == test[state][0]}
     pruned = points.get(("pruned", "validation"), [None])[-1]
     return History(int(task), ", then ".join(rows["name"].unique()), curves, kept, pruned, test)

@@ -1,15 +1,16 @@
 """Exact ranks among all items or classes, and the metrics counted from them."""
 
+from conure import processes
+from conure.errors import InputError
+from conure.matmul import wide_linear
+
 import numpy as np
 import torch
 from torch import Tensor
 
-import processes
 from data_loader import TaskData
-from matmul import wide_linear
 from nextitnet import NextItNet
-from pruning import Reading
-from settings import InputError
+from pruning import Stage
 
 EVALUATION_BATCH = 256  # one size for all, because a matrix product's last bits may depend on the shape
 COMPARED_AT_ONCE = 8192  # scores of a row, which a CPU's cache then still holds when they are counted
@@ -29,21 +30,21 @@ def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # the same bits, whatever training is compiled to
 def rank_examples(
-    model: NextItNet, data: TaskData, examples: np.ndarray, reading: Reading, device: torch.device
+    model: NextItNet, data: TaskData, examples: np.ndarray, stage: Stage, device: torch.device
 ) -> np.ndarray:
     """The rank of each example's target among all, in the order of `examples`; each process ranks its share.
 
     InputError if the model has diverged.
     """
     model.eval()
-    share, head = processes.own_share(), model.head(reading.task)
+    share, head = processes.own_share(), model.head(stage.task)
     ranks = torch.zeros(len(examples), dtype=torch.int64, device=device)
     at_once = min(EVALUATION_BATCH, max(1, SCORES_AT_ONCE // head.out_features))
     buffer = torch.empty(at_once, head.out_features, device=device)
     for start in range(share.number * EVALUATION_BATCH, len(examples), share.count * EVALUATION_BATCH):
         batch = slice(start, start + EVALUATION_BATCH)
         inputs, targets = (tensor.to(device) for tensor in data.batch(examples[batch]))
-        users = model.user_representation(inputs, reading)
+        users = model.user_representation(inputs, stage)
         if not users.isfinite().all():
             raise InputError(
                 "the model's states are not finite: start over with --overwrite and a lower --learning_rate"
@@ -87,9 +88,9 @@ def score(ranks: np.ndarray, metric: str, k: int) -> dict[str, float]:
 
 
 def evaluate(
-    model: NextItNet, data: TaskData, reading: Reading, metric: str, k: int, device: torch.device
+    model: NextItNet, data: TaskData, stage: Stage, metric: str, k: int, device: torch.device
 ) -> dict[str, dict[str, float]]:
     """For each held-out split (validation, test, and heldout: both) its `METRICS[metric]` and number of rows `n`."""
-    ranks = {split: rank_examples(model, data, data.splits[split], reading, device) for split in ("validation", "test")}
+    ranks = {split: rank_examples(model, data, data.splits[split], stage, device) for split in ("validation", "test")}
     ranks["heldout"] = np.concatenate(list(ranks.values()))
     return {split: score(each, metric, k) for split, each in ranks.items()}

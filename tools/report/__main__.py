@@ -8,11 +8,11 @@ NEXT   open report.html in a browser
 import os
 from dataclasses import dataclass
 
-import settings  # isort: skip (before torch, whose threads it tells how to wait)
+from conure import launch
+from conure.files import whole_file
+from conure.training import pick_device
 
-from files import whole_file
-from tools import chain, history
-from training import pick_device
+from tools.report import chain, history
 
 
 @dataclass
@@ -24,14 +24,14 @@ class Hyperparameters:
 
 
 def main(hp: Hyperparameters) -> None:
-    from tools import report_page, report_pictures  # only now, as they take matplotlib, and --help does not
+    from tools.report import page, pictures  # only now, as they take matplotlib, and --help does not
 
     histories = history.histories(hp.checkpoint_dir)
     whole = chain.read(hp.checkpoint_dir, hp.data_dir, pick_device(hp.device))
     written = {
-        "learning_curves.png": report_pictures.learning_curves(histories),
-        "ownership.png": report_pictures.ownership_png(whole.layers),
-        "report.html": report_page.page(whole, histories).encode(),
+        "learning_curves.png": pictures.learning_curves(histories),
+        "ownership.png": pictures.ownership_png(whole.layers),
+        "report.html": page.page(whole, histories).encode(),
     }
     for name, content in written.items():
         path = os.path.join(hp.output_dir or os.path.join(hp.checkpoint_dir, "report"), name)
@@ -42,4 +42,4 @@ def main(hp: Hyperparameters) -> None:
 
 
 if __name__ == "__main__":
-    settings.run(main, Hyperparameters, __doc__)
+    launch.run(main, Hyperparameters, __doc__)

@@ -1,13 +1,14 @@
 """What the head of a new task starts from, as far as its targets are known before training."""
 
+from conure import metrics
+
 import numpy as np
 import torch
 from torch import Tensor
 
-import metrics
 from data_loader import TaskData
 from nextitnet import NextItNet
-from pruning import Reading
+from pruning import Stage
 
 EXAMPLES_TO_COMPARE = 2048  # of the training part
 HALVED = np.log(2)  # by how much the mean log rank must be better
@@ -27,7 +28,7 @@ def anchor(model: NextItNet, data: TaskData, task: int) -> None:
 
 
 @torch.no_grad()
-def inform(model: NextItNet, data: TaskData, reading: Reading, device: torch.device) -> bool:
+def inform(model: NextItNet, data: TaskData, stage: Stage, device: torch.device) -> bool:
     """Starts the task's head as task 1's where a target's token is an item's, or else with a bias of log frequencies.
 
     The first if the untrained head then ranks the training part's targets at half the (geometric) mean rank that the
@@ -36,18 +37,18 @@ def inform(model: NextItNet, data: TaskData, reading: Reading, device: torch.dev
     """
     size = len(data.target_vocabulary)
     ids = items_of_targets(data).to(device)
-    examples, weight = data.splits["train"], model.head(reading.task).weight
+    examples, weight = data.splits["train"], model.head(stage.task).weight
     random, known = weight.clone(), (ids > 0).nonzero().squeeze(1)
     rows, log_ranks = model.head(1).weight[ids[known]], []
     for order in (torch.randperm(len(known), device=device), slice(None)):
         weight[known] = rows[order]
-        log_ranks.append(np.log(metrics.rank_examples(model, data, examples[:EXAMPLES_TO_COMPARE], reading, device)))
+        log_ranks.append(np.log(metrics.rank_examples(model, data, examples[:EXAMPLES_TO_COMPARE], stage, device)))
     found = f"{len(known):,} of {size - 1:,} targets have the token of an item"
     if log_ranks[1].mean() <= log_ranks[0].mean() - HALVED:
         print(f"head: {found}, and start as in task 1")
         return True
-    model.add_head(reading.task, size, bias=True)
-    head = model.head(reading.task).to(device)
+    model.add_head(stage.task, size, bias=True)
+    head = model.head(stage.task).to(device)
     head.weight.copy_(random)
     frequency = np.bincount(data.targets[examples], minlength=size) + 1
     head.bias.copy_(torch.from_numpy(np.log(frequency / frequency.mean())))

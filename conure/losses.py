@@ -6,16 +6,17 @@ Batches come on the CPU, where negatives and labels are made ready without waiti
 from collections.abc import Callable
 from typing import Any
 
+from conure import samplers
+from conure.matmul import matmul_dtype, wide_linear
+from conure.processes import Share
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import samplers
 from data_loader import TaskData
-from matmul import matmul_dtype, wide_linear
 from nextitnet import NextItNet
-from processes import Share
-from pruning import Reading
+from pruning import Stage
 
 LOGITS_AT_ONCE = 1 << 26  # 256 MB whatever the number of negatives, and half as much again for bfloat16 products
 
@@ -132,7 +133,7 @@ class NextItemLoss:
     def __call__(
         self,
         model: NextItNet,
-        reading: Reading,
+        stage: Stage,
         inputs: Tensor,
         targets: Tensor,
         generator: torch.Generator,
@@ -146,7 +147,7 @@ class NextItemLoss:
         sampled = self.sampler.count < self.sampler.items
         negatives, draws = self.sampler.draw(generator) if sampled else (None, 0)
         inputs, labels, counted = (share.of(tensor) for tensor in (inputs, labels, counted))
-        hidden = model(to_device(inputs, device), reading).transpose(0, 1).flatten(0, 1)  # (T * B, C)
+        hidden = model(to_device(inputs, device), stage).transpose(0, 1).flatten(0, 1)  # (T * B, C)
         labels, counted = labels.t().flatten(), counted.t().flatten()
         if not counted.all():
             places = counted.nonzero().squeeze(1)
@@ -170,17 +171,17 @@ class TargetLoss:
     def __call__(
         self,
         model: NextItNet,
-        reading: Reading,
+        stage: Stage,
         inputs: Tensor,
         targets: Tensor,
         generator: torch.Generator,
         share: Share = Share(),
     ) -> Tensor:
         """The mean over the batch (`inputs` (B, T), `targets` (B,)) plus the penalty, or this process's share of it."""
-        head, ids = model.head(reading.task), self.ids(targets, generator)
+        head, ids = model.head(stage.task), self.ids(targets, generator)
         inputs, ids = (to_device(share.of(tensor), head.weight.device) for tensor in (inputs, ids))
-        user = model.user_representation(inputs, reading)  # (B, C)
-        return self.summed(user, ids, head) / len(targets) + self.penalty(model, reading.task) / share.count
+        user = model.user_representation(inputs, stage)  # (B, C)
+        return self.summed(user, ids, head) / len(targets) + self.penalty(model, stage.task) / share.count
 
     def penalty(self, model: NextItNet, task: int) -> Tensor:
         weight = model.head(task).weight

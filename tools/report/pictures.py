@@ -4,9 +4,9 @@ import io
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
+from conure.errors import InputError
 
-from settings import InputError
+import numpy as np
 
 try:
     import matplotlib
@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tools.chain import Layer
-from tools.history import History, Point
+from tools.report.chain import Layer
+from tools.report.history import History, Point
 
 
 class Theme(NamedTuple):
@@ -116,16 +116,16 @@ def draw_history(axes: Axes, history: History, theme: Theme) -> None:
     if history.pruned:
         axes.axvline(history.pruned[0], color=theme.line, linewidth=0.8, zorder=1)
     colours = {"tp": theme.tp, "ret": theme.ret}
-    for stage, curve in history.curves.items():
-        label = f"{stage}, on validation"
-        axes.plot(*zip(*curve), color=colours[stage], linewidth=1.8, marker=".", markersize=4, label=label)
+    for state, curve in history.curves.items():
+        label = f"{state}, on validation"
+        axes.plot(*zip(*curve), color=colours[state], linewidth=1.8, marker=".", markersize=4, label=label)
     if history.pruned and "tp" in history.kept:
         (x, y), (end, low) = history.kept["tp"], history.pruned
         axes.plot([x, end, end], [y, y, low], color=theme.muted, linewidth=1.2, linestyle=(0, (3, 2)), label="pruning")
-    for stage, point in history.kept.items():
-        mark(axes, point, "o", 8, colours[stage], "none", "kept: best on validation" if stage == "tp" else None)
-    for stage, point in history.test.items():
-        mark(axes, point, "D", 5.5, theme.paper, colours.get(stage, theme.muted), "test" if stage == "tp" else None)
+    for state, point in history.kept.items():
+        mark(axes, point, "o", 8, colours[state], "none", "kept: best on validation" if state == "tp" else None)
+    for state, point in history.test.items():
+        mark(axes, point, "D", 5.5, theme.paper, colours.get(state, theme.muted), "test" if state == "tp" else None)
     axes.margins(y=0.12)
 
 

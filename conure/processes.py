@@ -8,11 +8,11 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from conure.errors import InputError
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from settings import InputError
 
 
 class Share(NamedTuple):

@@ -3,13 +3,12 @@
 import os
 from typing import Any
 
-from settings import InputError  # isort: skip (before torch, whose threads it tells how to wait)
+from conure import checkpoint, metrics
+from conure.errors import InputError
 
 import torch
 
-import checkpoint
 import data_loader
-import metrics
 from nextitnet import NextItNet
 
 
@@ -37,5 +36,5 @@ def score(
 ) -> dict[str, dict[str, float]]:
     """As metrics.evaluate, of the checkpoint's model, which goes to the device."""
     record = content["tasks"][task]
-    data, reading = load_data(task, content, data_dir), checkpoint.reading_of(task, record["state"])
-    return metrics.evaluate(model.to(device), data, reading, record["metric"], record["top_k"], device)
+    data, stage = load_data(task, content, data_dir), checkpoint.stage_of_state(task, record["state"])
+    return metrics.evaluate(model.to(device), data, stage, record["metric"], record["top_k"], device)

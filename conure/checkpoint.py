@@ -1,7 +1,7 @@
 """Checkpoints: one plain dict per stage, written whole or not at all, from which model and tasks are read back.
 
     format, name  number of this layout, and the file's name
-    task, stage   which stage wrote it
+    task, mode    of the stage that wrote it
     identity      what made it what it is: hyperparameters, digests of data, vocabulary and the checkpoint before
     lineage       digests of all checkpoints that it goes back to, by file name
     architecture  the arguments of NextItNet
@@ -19,17 +19,17 @@ import platform
 import re
 from typing import Any
 
-from settings import InputError  # isort: skip (before torch, whose threads it tells how to wait)
+from conure.errors import InputError
+from conure.files import load_sealed, save_sealed, seal_of
 
 import numpy as np
 import pandas as pd
 import torch
 
-from files import load_sealed, save_sealed, seal_of
 from nextitnet import NextItNet
-from pruning import Reading
+from pruning import Stage
 
-FORMAT = 2
+FORMAT = 3
 NAME = r"(tp|ret)_t([1-9]\d*)\.(snapshot\.)?pt"  # of a checkpoint or a snapshot; copies may be called anything else
 
 
@@ -38,29 +38,29 @@ def snapshot_of(path: str) -> str:
     return f"{path.removesuffix('.pt')}.snapshot.pt"
 
 
-def path_of(folder: str, task: int, stage: str) -> str:
-    return os.path.join(folder, f"{stage}_t{task}.pt")
+def path_of(folder: str, stage: Stage) -> str:
+    return os.path.join(folder, f"{stage.mode}_t{stage.task}.pt")
 
 
-def script_of(task: int, stage: str) -> str:
-    return f"conure_{stage}_t{task}.py"
+def script_of(stage: Stage) -> str:
+    return f"conure_{stage.mode}_t{stage.task}.py"
 
 
-def stage_before(task: int, stage: str) -> tuple[int, str]:
+def stage_before(stage: Stage) -> Stage:
     """ret of a task starts from its tp, tp from the ret of the task before."""
-    return (task, "tp") if stage == "ret" else (task - 1, "ret")
+    return Stage(stage.task, "tp") if stage.mode == "ret" else Stage(stage.task - 1, "ret")
 
 
-def stage_of(path: str) -> tuple[int, str] | None:
-    """The task and stage whose checkpoint has this file name; None if it is no checkpoint's."""
+def stage_of(path: str) -> Stage | None:
+    """The stage whose checkpoint has this file name; None if it is no checkpoint's."""
     match = re.fullmatch(NAME, os.path.basename(path))
-    return (int(match[2]), match[1]) if match and not match[3] else None
+    return Stage(int(match[2]), match[1]) if match and not match[3] else None
 
 
 def order_of(path: str) -> tuple[int, bool]:
     """Sorts checkpoint files along the chain."""
-    task, stage = stage_of(path)
-    return task, stage == "ret"
+    stage = stage_of(path)
+    return stage.task, stage.mode == "ret"
 
 
 def in_folder(folder: str) -> list[str]:
@@ -73,7 +73,7 @@ def newest(folder: str) -> str:
     """The checkpoint in `folder` that is furthest along the chain; InputError if there is none."""
     names = in_folder(folder)
     if not names:
-        raise InputError(f"{folder} holds no checkpoint: run `python {script_of(1, 'tp')}` first")
+        raise InputError(f"{folder} holds no checkpoint: run `python {script_of(Stage(1, 'tp'))}` first")
     return os.path.join(folder, names[-1])
 
 
@@ -114,7 +114,7 @@ def load(path: str) -> tuple[dict[str, Any], str]:
     checkpoint in the same folder that has been replaced since.
     """
     stage = stage_of(path)
-    script = f"run `python {script_of(*stage)}" if stage else None
+    script = f"run `python {script_of(stage)}" if stage else None
     if not os.path.exists(path):
         raise InputError(
             f"{path} does not exist: " + (f"{script}` first, which writes it" if stage else "name one that does")
@@ -132,9 +132,9 @@ def load(path: str) -> tuple[dict[str, Any], str]:
     return content, digest
 
 
-def reading_of(task: int, state: str) -> Reading:
-    """How a task's weights are read for scores of its state: tp, pruned or ret; before pruning all are free to read."""
-    return Reading(task, "tp" if state == "tp" else "inference")
+def stage_of_state(task: int, state: str) -> Stage:
+    """The stage as which a task is scored in a state, tp, pruned or ret: before pruning it may read all weights."""
+    return Stage(task, "tp" if state == "tp" else "inference")
 
 
 def build_model(content: dict[str, Any], network: type[NextItNet] = NextItNet) -> NextItNet:

@@ -4,13 +4,13 @@ import datetime
 import os
 from pathlib import Path
 
-from pruning import FREE, MAX_TASKS
-from tools import chain as chains
-from tools import report_pictures as pictures
-from tools.chain import Chain, Room, Stage
-from tools.history import History
-from tools.markup import Html, element, join, path_cell, picture, table, td
-from tools.report_pictures import DARK, LIGHT
+from pruning import FREE, MAX_TASKS, Stage
+from tools.report import chain as chains
+from tools.report import pictures
+from tools.report.chain import Chain, Room
+from tools.report.history import History
+from tools.report.markup import Html, element, join, path_cell, picture, table, td
+from tools.report.pictures import DARK, LIGHT
 
 # Which of a picture's renderings a browser takes; paper is always light.
 DARK_PAGE, NARROW_PAGE = "screen and (prefers-color-scheme: dark)", "(max-width: 40rem)"
@@ -56,7 +56,7 @@ def task_name(task: int) -> str:
 
 
 def stage_name(stage: Stage) -> str:
-    return f"{stage[1]}\N{NO-BREAK SPACE}{stage[0]}"
+    return f"{stage.mode}\N{NO-BREAK SPACE}{stage.task}"
 
 
 def header(chain: Chain, title: str, rooms: list[Room]) -> Html:
@@ -276,9 +276,9 @@ def capacity(chain: Chain, rooms: list[Room], ratio: float) -> Html:
 def settings_and_versions(chain: Chain) -> Html:
     """Hyperparameters of each stage, data of each task, versions of each checkpoint."""
     ran = {
-        (task, stage): values
+        Stage(task, mode): values
         for task, record in chain.records.items()
-        for stage, values in sorted(record["hyperparameters"].items(), reverse=True)  # tp before ret
+        for mode, values in sorted(record["hyperparameters"].items(), reverse=True)  # tp before ret
     }
     return element(
         "section",
