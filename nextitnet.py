@@ -167,9 +167,13 @@ class NextItNet(nn.Module):
 
     def __init__(self, items: int, channels: int, dilations: Sequence[int], kernel_size: int, positions: int = 0):
         super().__init__()
-        self.architecture = dict(
-            items=items, channels=channels, dilations=list(dilations), kernel_size=kernel_size, positions=positions
-        )
+        self.architecture = {
+            "items": items,
+            "channels": channels,
+            "dilations": list(dilations),
+            "kernel_size": kernel_size,
+            "positions": positions,
+        }
         self.embedding = nn.Embedding(items, channels)
         truncated_normal_(self.embedding.weight)
         self.position = nn.Embedding(positions, channels) if positions else None

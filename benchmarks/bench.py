@@ -18,7 +18,7 @@ WARM_UP = 3  # calls that are not timed
 
 
 def report(what: str, output: str, **values: Any) -> None:
-    """Prints `BENCH what=… name=value …`; adds the row, with date, machine and versions, to the table `output`, if any."""
+    """Prints `BENCH what=… name=value …`; adds it, with date, machine and versions, to the table `output`, if any."""
     shown = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in values.items()}
     print("BENCH", " ".join(f"{name}={value}" for name, value in ({"what": what} | shown).items()), flush=True)
     row = {"date": datetime.date.today().isoformat(), "machine": machine(), "torch": str(torch.__version__)} | shown

@@ -164,7 +164,7 @@ def test_training_moves_only_what_the_stage_trains(stage, precision):
         adam.step()
     after = model.state_dict()
     for name, value in before.items():
-        if name.endswith("conv1.weight") or name.endswith("conv2.weight"):
+        if name.endswith(("conv1.weight", "conv2.weight")):
             _, trained = pruning.used_and_trained(before[name.replace("weight", "owner")], stage)
             assert torch.equal(after[name][~trained], value[~trained])
             assert (after[name][trained] != value[trained]).any()

@@ -1,4 +1,4 @@
-"""Every command of the README, run in its order in a copy of the project; with small settings where it takes long."""
+"""Every command of the README and of docs/, run in order in a copy of the project, small where it takes long."""
 
 import re
 import shutil
@@ -49,7 +49,7 @@ def commands(text: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-README = (ROOT / "README.md").read_text()
+PAGES = "\n".join(path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +74,12 @@ def run(folder: Path, command: str) -> str:
 
 
 def test_the_commands_that_are_not_run_as_they_stand_are_the_readmes():
-    assert {*SHORTER, *ELSEWHERE} <= set(commands(README))
+    assert {*SHORTER, *ELSEWHERE} <= set(commands(PAGES))
     pinned = (ROOT / "requirements.txt").read_text().splitlines()[0]
-    assert all(version == pinned for version in re.findall(r"torch==[\d.]+", README))
+    assert all(version == pinned for version in re.findall(r"torch==[\d.]+", PAGES))
 
 
-@pytest.mark.parametrize("command", [command for command in commands(README) if command not in ELSEWHERE])
+@pytest.mark.parametrize("command", [command for command in commands(PAGES) if command not in ELSEWHERE])
 def test_a_command(copy, command):
     if command == "bash run_all.sh --full":
         shrink(copy)
