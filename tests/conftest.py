@@ -1,12 +1,17 @@
 """Tests import the modules from the project's root, and run the scripts there as a user does."""
 
 import gc
+import json
+import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -17,6 +22,8 @@ FILES = {
     3: "original_desen_finetune_like_nouserID.csv",
     4: "original_desen_gender.csv",
 }
+SLOW = ("test_readme", "test_scripts", "test_soak")  # besides all that needs the demo data or a chain
+TOGETHER = ("test_readme", "test_report", "test_resume", "test_tools")  # tests that share what one of them makes
 STAGES = [(task, mode) for task in FILES for mode in ("tp", "ret")]
 
 
@@ -49,28 +56,47 @@ def run_python(*arguments: str) -> str:
 
 @pytest.fixture
 def run_here(monkeypatch, capsys):
-    """Runs a script or, as `python -m`, a module in this process: returns exit code, what it printed, and its errors."""
+    """Runs a script, or a module as `python -m` does, in this process: returns exit code, output and errors."""
 
     def run(name: str, *arguments: str) -> tuple[int, str, str]:
         gc.collect()  # the last call's run, and with it its lock on the folder
         monkeypatch.setattr(sys, "argv", [name, *arguments])
         monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
+        is_script = name.endswith(".py")
+        start = (
+            partial(runpy.run_path, str(ROOT / name)) if is_script else partial(runpy.run_module, name, alter_sys=True)
+        )
         with pytest.raises(SystemExit) as end:
-            if name.endswith(".py"):
-                runpy.run_path(str(ROOT / name), run_name="__main__")
-            else:
-                runpy.run_module(name, run_name="__main__", alter_sys=True)
+            start(run_name="__main__")
         return (end.value.code, *capsys.readouterr())
 
     return run
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory) -> Path:
-    """A folder with a small demo data set in Data/."""
-    folder = tmp_path_factory.mktemp("demo")
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Makes a folder of this name by `make`, once for all of the processes that run tests."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name: str, make: Callable[[Path], None]) -> Path:
+        with FileLock(shared / f"{name}.lock"):
+            if not (shared / f"{name}.done").exists():
+                make(shared / name)
+                (shared / f"{name}.done").touch()
+        return shared / name
+
+    return made
+
+
+def make_demo(folder: Path) -> None:
     run_module("Data.make_demo", "--output_dir", str(folder / "Data"), "--users", "1500", "--length", "20")
-    return folder
+
+
+@pytest.fixture(scope="session")
+def demo(made_once) -> Path:
+    """A folder with a small demo data set in Data/, which no test may change."""
+    return made_once("demo", make_demo)
 
 
 def chain_settings(task: int, mode: str) -> list[str]:
@@ -82,10 +108,28 @@ def chain_settings(task: int, mode: str) -> list[str]:
     return ["--epochs", "6", "--batch_size", "128", "--learning_rate", "1e-3", *odd]
 
 
-@pytest.fixture(scope="session")
-def chain(demo) -> tuple[Path, dict[tuple[int, str], str]]:
-    """The demo's folder after all eight scripts, and what each of them printed."""
+def make_chain(folder: Path) -> None:
+    make_demo(folder)
     printed = {}
     for task, mode in STAGES:
-        printed[task, mode] = run_script(f"conure_{mode}_t{task}.py", *flags(demo, task), *chain_settings(task, mode))
-    return demo, printed
+        settings = chain_settings(task, mode)
+        printed[f"{mode}{task}"] = run_script(f"conure_{mode}_t{task}.py", *flags(folder, task), *settings)
+    (folder / "printed.json").write_text(json.dumps(printed))
+
+
+@pytest.fixture(scope="session")
+def chain(made_once) -> tuple[Path, dict[tuple[int, str], str]]:
+    """The demo's folder after all eight scripts, which no test may change, and what each of them printed."""
+    folder = made_once("chain", make_chain)
+    printed = json.loads((folder / "printed.json").read_text())
+    return folder, {(task, mode): printed[f"{mode}{task}"] for task, mode in STAGES}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What `--fast` leaves out, and what must run in one process and in order."""
+    for item in items:
+        module = item.module.__name__
+        if module in SLOW or {"demo", "chain"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+        if module in TOGETHER:
+            item.add_marker(pytest.mark.xdist_group(module))
