@@ -64,3 +64,15 @@ def test_two_processes_score_as_one(chain):
 def test_two_processes_leave_a_finished_stage_alone(chain):
     printed = run(2, "conure_ret_t4.py", *flags(chain[0], 4), *chain_settings(4, "ret"))
     assert printed.count("is finished") == 1
+
+
+@pytest.mark.parametrize(
+    "left_over",
+    [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "two"}, {"RANK": "1"}, {"WORLD_SIZE": "2", "RANK": "1"}],
+    ids=str,
+)
+def test_variables_that_torchrun_did_not_set_start_no_group(chain, run_here, monkeypatch, left_over):
+    for name, value in left_over.items():
+        monkeypatch.setenv(name, value)
+    code, output, error = run_here("conure_ret_t4.py", *flags(chain[0], 4), *chain_settings(4, "ret"))
+    assert (code, output.count("is finished"), error) == (0, 1, "")
