@@ -81,7 +81,7 @@ FORMS = {
 
 @dataclasses.dataclass
 class Running:
-    """How a script of the chain runs, whatever it learns: inherited by their blocks."""
+    """How a script of the chain runs, whatever it learns; the blocks of all eight inherit this."""
 
     index_path: str = "Data/Session/index.csv"  # ids of the items: conure_tp_t1.py writes it, the others read it
     checkpoint_dir: str = "checkpoints"  # checkpoints and results.csv, read and written

@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conure.errors import InputError
+from conure.files import lock_folder
+
 import numpy as np
 import pytest
 from conftest import ROOT, chain_settings, flags
@@ -76,3 +79,11 @@ def test_variables_that_torchrun_did_not_set_start_no_group(chain, run_here, mon
         monkeypatch.setenv(name, value)
     code, output, error = run_here("conure_ret_t4.py", *flags(chain[0], 4), *chain_settings(4, "ret"))
     assert (code, output.count("is finished"), error) == (0, 1, "")
+
+
+def test_a_folder_is_locked_until_the_lock_is_closed(tmp_path):
+    lock = lock_folder(str(tmp_path))
+    with pytest.raises(InputError, match="another run is at work"):
+        lock_folder(str(tmp_path))
+    lock.close()
+    lock_folder(str(tmp_path)).close()
