@@ -46,16 +46,10 @@ def test_help_lists_every_hyperparameter_with_its_comment(run_here, task, mode):
         (["--epochs", "three"], "--epochs 'three' is not of the form INT"),
         (["--epochs", "0"], "--epochs 0 makes no sense"),
         (["--epochs"], "expected one argument"),
-        (["--learning_rate", "-1"], "--learning_rate -1.0 makes no sense"),
         (["--learning_rate", "nan"], "--learning_rate nan makes no sense"),
-        (["--prune_ratio", "1"], "--prune_ratio 1.0 makes no sense"),
-        (["--negative_fraction", "0"], "--negative_fraction 0.0 makes no sense"),
         (["--dilations", "1,x"], "--dilations '1,x' is not of the form INT,INT"),
-        (["--dilations", "1,0"], "--dilations 1,0 makes no sense"),
         (["--positional_embedding", "maybe"], "--positional_embedding 'maybe' is not of the form true|false"),
-        (["--precision", "fp8"], "--precision fp8 makes no sense"),
         (["--device", "tpu"], "--device tpu makes no sense"),
-        (["--test_fraction", "1.5"], "--test_fraction 1.5 makes no sense"),
         (["--data_path", "nowhere.csv"], "nowhere.csv does not exist"),
         (["--data_path", "."], "Is a directory"),
     ],
@@ -217,7 +211,7 @@ def test_ctrl_c_while_torch_loads_ends_a_script_in_one_line(script):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ninterrupted\n")
 
 
-def test_what_torch_reads_when_it_loads_is_set_before(monkeypatch):
+def test_what_torch_reads_when_it_loads_is_set_before():
     """Whatever is run or imported first; each module in a Python that has loaded none of ours, nor torch."""
     programs = [path.relative_to(ROOT) for path in ROOT.glob("*.py")]
     programs += [

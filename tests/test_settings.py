@@ -50,7 +50,7 @@ def test_every_number_has_a_range_and_every_field_a_comment(program):
         ("snapshot_minutes", [0, 0.5], [-1.0, float("inf"), float("nan")]),
         ("eval_every", [0, 7], [-1]),
         ("top_k", [1], [0]),
-        ("learning_rate", [1e-9, 1e30], [0.0, float("inf"), float("nan")]),
+        ("learning_rate", [1e-9, 1e30], [0.0, -1.0, float("inf"), float("nan")]),
         ("table_rate", [1e-9, 1e30], [0.0, float("inf")]),
         ("beta1", [0.0, 0.99], [1.0, -0.1]),
         ("test_fraction", [0.01, 0.99], [0.0, 1.0]),
