@@ -9,38 +9,30 @@ NEXT   python conure_ret_t4.py
 from dataclasses import dataclass
 
 from conure import launch, losses, training
-from conure.settings import ours
+from conure.settings import Below1, Count, Loss, NonNegative, Positive, Running, Seed, Share, ours
 
 import data_loader
 from pruning import Stage
 
 
 @dataclass
-class Hyperparameters:
+class Hyperparameters(Running):
     data_path: str = "Data/Session/original_desen_gender.csv"  # a user a line: item,…,,class
-    index_path: str = "Data/Session/index.csv"  # ids of the items; conure_tp_t1.py writes it
-    checkpoint_dir: str = "checkpoints"  # checkpoints and results.csv, read and written
-    seed: int = 10  # of initial values, shuffling, negatives and dropout
-    device: str = "auto"  # auto, cpu or cuda
-    precision: str = "auto"  # of matrix products in training: float32, bfloat16, or auto: bfloat16 on a GPU alone
-    compile: bool = False  # let torch.compile fuse what it can; the first steps take minutes
-    batch_size: int = 512  # examples a step
-    epochs: int = 30  # passes over the training part
-    learning_rate: float = 1e-4  # of Adam
-    table_rate: float = 1.0  # how many times as fast the head learns
-    decay: bool = False  # let the learning rates fall in a line to 0 at the last step
-    beta1: float = 0.9  # of Adam
-    loss: str = ours("softmax", original="bce")  # cross entropy among all targets; bce: against one uniform negative
-    informed_head: bool = ours(True, original=False)  # start the head as task 1's, or with the targets' frequencies
-    dropout: float = 0.0  # share of the activations that a step leaves out: items, blocks, states
-    l2: float = 0.02  # weight decay of the task's head, as a loss term: l2 * sum(w^2) / 2; informed: w - its start
-    prune_ratio: float = 0.7  # share of the free weights that stays free for later tasks
-    test_fraction: float = 0.2  # share of the examples held out: half validation, half test
-    eval_every: int = 0  # steps between evaluations on validation; 0: once an epoch
-    snapshot_minutes: float = 10  # between snapshots that a killed run goes on from; 0: at evaluations only
-    top_k: int = 1  # a prediction is right if the class is among so many best; 1: accuracy as usual
-    as_original: bool = False  # learn as the published code does: its value wherever another default stands here
-    overwrite: bool = False  # do the stage over if it is finished, or was begun with other settings
+    seed: Seed = 10  # of initial weights, shuffling, negative sampling and dropout
+    batch_size: Count = 512  # examples a step
+    epochs: Count = 30  # passes over the training part
+    learning_rate: Positive = 1e-4  # of Adam
+    table_rate: Positive = 1.0  # learning-rate multiplier of the head
+    decay: bool = False  # decay the learning rates linearly to 0 at the last step
+    beta1: Below1 = 0.9  # of Adam
+    loss: Loss = ours("softmax", original="bce")  # cross entropy over all targets; bce: with one uniform negative
+    informed_head: bool = ours(True, original=False)  # start the head from task 1's, or from the targets' frequencies
+    dropout: Below1 = 0.0  # dropout probability, of embeddings, residual blocks and last states
+    l2: NonNegative = 0.02  # L2 penalty on the head: l2 * sum(w^2) / 2; of an informed head, on w minus its start
+    prune_ratio: Share = 0.7  # share of the free weights that stays free for later tasks
+    test_fraction: Share = 0.2  # share of the examples held out: half validation, half test
+    top_k: Count = 1  # a prediction is right if the class is among so many best; 1: accuracy as usual
+    as_original: bool = False  # train as the published code does: with the value named `original` wherever there is one
 
 
 def main(hp: Hyperparameters) -> None:

@@ -9,9 +9,11 @@ NEXT   python -m tools.report, to look at it; python -m tools.export, to use a t
 import os
 import shlex
 from dataclasses import dataclass
+from typing import Literal
 
 from conure import checkpoint, launch, rescoring
 from conure.reporting import result_line
+from conure.settings import Device
 from conure.training import pick_device
 
 
@@ -20,8 +22,8 @@ class Hyperparameters:
     checkpoint_dir: str = "checkpoints"  # where the scripts wrote their checkpoints
     checkpoint: str = ""  # a checkpoint file; empty: the newest in checkpoint_dir
     data_dir: str = ""  # where the data files are; empty: where they were when the tasks were learned
-    split: str = "test"  # test, validation, or heldout: both, which is the original's test part
-    device: str = "auto"  # auto, cpu or cuda
+    split: Literal["test", "validation", "heldout"] = "test"  # heldout: both, which is the original's test part
+    device: Device = "auto"  # auto: cuda if there is a GPU
 
 
 def main(hp: Hyperparameters) -> int:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from conure import launch
 from conure.errors import InputError
+from conure.settings import Count, Length, UpTo1
 from conure.ttl_format import MAX_LINE_TOKENS
 
 import numpy as np
@@ -42,9 +43,9 @@ class Hyperparameters:
     users: str = ""  # table with what is known of the users, for tasks NAME=users.COLUMN
     users_columns: str = ""  # names of its columns; "": the first line names them
     task: tuple[str, ...] = ()  # "NAME=SOURCE where CONDITION", for each further task: later, a table or users.COLUMN
-    history: float = 0.8  # share of a user's rows, in order, that the sequence is taken from
-    length: int = 50  # items in a sequence; shorter histories are padded on the left with 0
-    min_rows: int = 5  # users with fewer rows that task 1 uses are left out
+    history: UpTo1 = 0.8  # share of a user's rows, in order, that the sequence is taken from
+    length: Length = 50  # items in a sequence; shorter histories are padded on the left with 0
+    min_rows: Count = 5  # users with fewer rows that task 1 uses are left out
     output_dir: str = "Data/Session"  # where the task files go
     overwrite: bool = False  # replace task files that are there already
 

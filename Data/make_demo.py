@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conure import launch
+from conure.settings import Count, Length, Seed
 
 import numpy as np
 
@@ -24,9 +25,9 @@ from Data.task_files import SCRIPTS, file_of, print_next_steps, write_files
 @dataclass
 class Hyperparameters:
     output_dir: str = "Data/Session"  # where the task files go
-    seed: int = 10  # of everything that is drawn
-    users: int = 2500  # lines of the first file
-    length: int = 30  # items in a sequence; shorter histories are padded on the left with 0
+    seed: Seed = 10  # of everything that is drawn
+    users: Count = 2500  # lines of the first file
+    length: Length = 30  # items in a sequence; shorter histories are padded on the left with 0
     overwrite: bool = False  # replace task files that are there already
 
 

@@ -2,8 +2,10 @@
 
 import time
 from dataclasses import dataclass
+from typing import Annotated
 
 from conure import launch, metrics
+from conure.settings import Dilations, KernelSize, Length, Range, Width
 
 import numpy as np
 import torch
@@ -16,12 +18,12 @@ from pruning import Stage
 
 @dataclass
 class Hyperparameters:
-    rows: int = 4096  # that are ranked
-    items: int = 645_974  # in the catalogue
-    length: int = 100  # of the sequences in the file; the model reads one less
-    channels: int = 256  # width of the embedding and of every layer
-    dilations: tuple[int, ...] = (1, 4, 1, 4, 1, 4, 1, 4)  # one residual block each
-    kernel_size: int = 3  # taps of every convolution
+    rows: Annotated[int, Range(10)] = 4096  # that are ranked
+    items: Annotated[int, Range(3)] = 645_974  # in the catalogue
+    length: Length = 100  # of the sequences in the file; the model reads one less
+    channels: Width = 256  # width of the embedding and of every layer
+    dilations: Dilations = (1, 4, 1, 4, 1, 4, 1, 4)  # one residual block each
+    kernel_size: KernelSize = 3  # taps of every convolution
     output: str = ""  # a .csv file to add the line to; empty: it is only printed
 
 

@@ -10,8 +10,10 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from typing import Annotated
 
 from conure import launch
+from conure.settings import Length, Range
 
 import numpy as np
 
@@ -21,9 +23,9 @@ from benchmarks import bench
 
 @dataclass
 class Hyperparameters:
-    rows: int = 1_000_000  # sequences
-    length: int = 100  # items in each
-    items: int = 645_974  # in the catalogue
+    rows: Annotated[int, Range(10)] = 1_000_000  # sequences
+    length: Length = 100  # items in each
+    items: Annotated[int, Range(3)] = 645_974  # in the catalogue
     path: str = ""  # a file to read; empty: make one
     output: str = ""  # a .csv file to add the line to; empty: it is only printed
 

@@ -8,8 +8,10 @@ published one, for later ones that which computes every state, and with dropout 
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from conure import launch, losses, samplers, training
+from conure.settings import Below1, Count, Dilations, KernelSize, Length, Range, Task, UpTo1, Width
 
 import torch
 from torch import Tensor
@@ -23,19 +25,19 @@ from pruning import Stage
 
 @dataclass
 class Hyperparameters:
-    task: int = 1  # 1: next item at every position; 2 and more: train and prune of that task
-    items: int = 3308  # in the catalogue
-    targets: int = 3000  # of each later task
-    length: int = 50  # of the sequences in the file; the model reads one less in task 1, one more in later ones
-    batch_size: int = 32  # sequences a step
-    channels: int = 256  # width of the embedding and of every layer
-    dilations: tuple[int, ...] = (1, 4, 1, 4, 1, 4, 1, 4)  # one residual block each
-    kernel_size: int = 3  # taps of every convolution
-    negative_fraction: float = 0.2  # share of the items sampled as negatives each step; 1: full softmax
-    dropout: float = 0.0  # share of the activations that a step leaves out
-    precision: str = "float32"  # of matrix products: float32 or bfloat16
+    task: Task = 1  # 1: next item at every position; 2 and more: train and prune of that task
+    items: Annotated[int, Range(3)] = 3308  # in the catalogue
+    targets: Annotated[int, Range(3)] = 3000  # of each later task
+    length: Length = 50  # of the sequences in the file; the model reads one less in task 1, one more in later ones
+    batch_size: Count = 32  # sequences a step
+    channels: Width = 256  # width of the embedding and of every layer
+    dilations: Dilations = (1, 4, 1, 4, 1, 4, 1, 4)  # one residual block each
+    kernel_size: KernelSize = 3  # taps of every convolution
+    negative_fraction: UpTo1 = 0.2  # share of the items drawn as negatives at each step; 1: full softmax
+    dropout: Below1 = 0.0  # dropout probability
+    precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products
     compile: bool = False  # with torch.compile
-    steps: int = 9  # that are timed; the median is reported
+    steps: Count = 9  # that are timed; the median is reported
     compare: bool = False  # time the other ways too
     output: str = ""  # a .csv file to add the line to; empty: it is only printed
 

@@ -1,5 +1,5 @@
 """Files that survive a crash: written whole or not at all, with a digest that tells whether they still are what was
-written; and a folder's lock, which dies with its process."""
+written; and a folder's lock, which ends with its process."""
 
 import errno
 import fcntl
@@ -56,7 +56,7 @@ def torch_writing() -> Iterator[None]:
 def alone(path: str) -> BinaryIO:
     """An empty file at `path`, which no other process writes until it is closed; waits for one that does."""
     while True:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        file = opened(path)
         fcntl.flock(file, fcntl.LOCK_EX)
         # Meanwhile the one who had it may have renamed it, and it is no longer the file at `path`.
         with suppress(FileNotFoundError):
@@ -64,6 +64,11 @@ def alone(path: str) -> BinaryIO:
                 file.truncate()
                 return file
         file.close()
+
+
+def opened(path: str) -> BinaryIO:
+    """The file at `path` as it is, or a new one, to read and write."""
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
 
 
 def save_sealed(path: str, content: dict[str, Any]) -> None:
@@ -119,13 +124,12 @@ def sync_folder(folder: str) -> None:
 
 
 def lock_folder(folder: str) -> BinaryIO:
-    """Locks `folder` for as long as the returned file is open, at most until the process ends, however it ends."""
+    """Locks `folder` until the returned file is closed, at the latest when the process ends, however it ends."""
     os.makedirs(folder, exist_ok=True)
-    file = open(os.path.join(folder, ".lock"), "a+b")
+    file = opened(os.path.join(folder, ".lock"))
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(
-            f"another run is at work in {folder}: wait for its end, or give another --checkpoint_dir"
-        ) from None
+        file.close()
+        raise InputError(f"another run is at work in {folder}: wait for it, or give another --checkpoint_dir") from None
     return file

@@ -10,29 +10,47 @@ from typing import Any, NoReturn
 from conure import settings
 from conure.errors import InputError, NothingToDo
 
+TORCHRUN = ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+NEEDS_MEMORY = ("batch_size", "channels", "negative_fraction")  # fields of which a lower value needs less memory
+OUT_OF_MEMORY = ("DefaultCPUAllocator: ", "CUDA error: out of memory")  # in the RuntimeErrors that have no own class
+
+
+def by_torchrun() -> bool:
+    """Whether torchrun started this process; a variable or two of its may be left over from something else."""
+    return all(name in os.environ for name in TORCHRUN)
+
 
 def group_of(hyperparameters: Any) -> contextlib.AbstractContextManager:
     """Nothing, unless torchrun started several processes of a script that trains or scores."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not hasattr(hyperparameters, "device"):
+    if not by_torchrun() or os.environ["WORLD_SIZE"] == "1" or not hasattr(hyperparameters, "device"):
         return contextlib.nullcontext()
     from conure import processes  # only now, as it loads torch
 
     return processes.group(hyperparameters.device)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    import torch  # only now, as some modules do without
+
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
+
+
 def run(main: Callable[[Any], int | None], block: type, about: str) -> NoReturn:
-    """Runs a script's `main` with its hyperparameters and ends the process: 0, 2 for bad input, 130 for Ctrl-C.
+    """Runs a script's `main` with its settings and ends the process: 0, 2 for bad input, 130 for Ctrl-C.
 
     Ctrl-C during training does not come here: training takes it as the end of training.
     """
-    sys.stdout.reconfigure(line_buffering=True)  # so that a log file or a pipe gets each line when it is printed
+    # A log file or a pipe gets each line when it is printed; what its encoding lacks is printed as \u2026.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         hyperparameters = settings.from_command_line(block, about)
         with group_of(hyperparameters):
             code = main(hyperparameters)
         sys.exit(code or 0)
     except NothingToDo as done:
-        if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started
+        if not by_torchrun() or os.environ["RANK"] == "0":
             print(done)
         sys.exit(0)
     except BrokenPipeError:  # what read the output, such as `head`, has seen enough
@@ -42,10 +60,11 @@ def run(main: Callable[[Any], int | None], block: type, about: str) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         reason = (str(error) or "out of memory").splitlines()[0][:150]
-        print(f"error: {reason}: lower --batch_size, --channels or --negative_fraction", file=sys.stderr)
+        lower = [f"--{name}" for name in NEEDS_MEMORY if hasattr(block, name)]
+        print(f"error: {reason}{': lower ' if lower else ''}{' or '.join(lower)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,70 +1,96 @@
-"""Hyperparameter blocks on the command line.
+"""Settings blocks: dataclasses at the top of a script, one field a line with a comment behind it.
 
-A block is a dataclass at the top of a script, one field a line with a comment behind it. Every field is also a flag of
-the same name, and its comment is the flag's help.
+A field's type says which values it may have. Every field is also a flag of the same name, and its comment is the
+flag's help.
 """
 
 import argparse
 import dataclasses
 import inspect
+import math
 import re
+import runpy
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 from conure.errors import InputError
 
-# The types of fields, and what their values look like on the command line.
-KINDS = {
+ROOT = Path(__file__).parents[1]  # where the scripts are
+
+
+class Range(NamedTuple):
+    """The numbers that a field may hold; as in mathematics, "(" leaves out `low` itself and ")" leaves out `high`."""
+
+    low: float
+    high: float = math.inf
+    ends: str = "[]"
+
+    def allows(self, value: float | tuple[int, ...]) -> bool:
+        """Of a tuple, whether each of its numbers is in the range."""
+        if isinstance(value, tuple):
+            return all(map(self.allows, value))
+        above = self.low < value if self.ends[0] == "(" else self.low <= value
+        return above and (value < self.high if self.ends[1] == ")" else value <= self.high)
+
+    def __str__(self) -> str:
+        if self.ends == "[]" and self.high < math.inf:
+            return f"from {self.low} to {self.high}"
+        low = f"{'above' if self.ends[0] == '(' else 'at least'} {self.low}"
+        if self.ends[1] == "]" and self.high == math.inf:
+            return low
+        return f"{low} and {'below' if self.ends[1] == ')' else 'at most'} {self.high:g}"
+
+
+class OneOf(tuple):
+    """The texts that a field may hold."""
+
+    allows = tuple.__contains__
+
+    def __str__(self) -> str:
+        return f"{', '.join(self[:-1])} or {self[-1]}"
+
+
+Count = Annotated[int, Range(1)]
+Interval = Annotated[int, Range(0)]  # in steps; 0 has a meaning of its own
+Seed = Annotated[int, Range(0, 2**63 - 1)]
+Task = Annotated[int, Range(1, 255)]
+Width = Annotated[int, Range(1, 65536)]
+KernelSize = Annotated[int, Range(1, 100)]
+Dilations = Annotated[tuple[int, ...], Range(1, 10_000)]
+Length = Annotated[int, Range(2)]  # of a sequence of items
+Positive = Annotated[float, Range(0, 1e30, "(]")]
+NonNegative = Annotated[float, Range(0, math.inf, "[)")]
+Share = Annotated[float, Range(0, 1, "()")]
+UpTo1 = Annotated[float, Range(0, 1, "(]")]
+Below1 = Annotated[float, Range(0, 1, "[)")]
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "float32", "bfloat16"]
+Loss = Literal["softmax", "bpr", "bce"]  # of the tasks after the first
+
+# The types that these are made of, and what their values look like on the command line.
+FORMS = {
     str: "TEXT",
     int: "INT",
     float: "NUMBER",
     bool: "true|false",
-    tuple[int, ...]: "INT,INT,…",
+    tuple[int, ...]: "INT,INT,...",
     tuple[str, ...]: "TEXT",  # one a flag; the flag may be given several times
 }
 
-# What a value must satisfy, by field name, and how to say so. `task` and `users` are numbers in some blocks and texts,
-# which may be anything, in others.
-RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "device": (lambda v: v in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
-    "precision": (lambda v: v in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
-    "seed": (lambda v: 0 <= v < 2**63, "a whole number from 0 to 2^63 - 1"),
-    "batch_size": (lambda v: v >= 1, "at least 1"),
-    "epochs": (lambda v: v >= 1, "at least 1"),
-    "snapshot_minutes": (lambda v: 0 <= v < float("inf"), "0 (at evaluations only) or a number of minutes"),
-    "eval_every": (lambda v: v >= 0, "0 (once an epoch) or a number of steps"),
-    "top_k": (lambda v: v >= 1, "at least 1"),
-    "learning_rate": (lambda v: 0 < v <= 1e30, "above 0"),
-    "table_rate": (lambda v: 0 < v <= 1e30, "above 0"),
-    "beta1": (lambda v: 0 <= v < 1, "from 0 to below 1"),
-    "test_fraction": (lambda v: 0 < v < 1, "between 0 and 1"),
-    "prune_ratio": (lambda v: 0 < v < 1, "between 0 and 1: the share of the free weights that stays free"),
-    "channels": (lambda v: 1 <= v <= 65536, "from 1 to 65536"),
-    "dilations": (lambda v: 1 <= min(v) and max(v) <= 10_000, "whole numbers from 1 to 10000, such as 1,4,1,4"),
-    "kernel_size": (lambda v: 1 <= v <= 100, "from 1 to 100"),
-    "negative_fraction": (lambda v: 0 < v <= 1, "above 0 and at most 1: a share of all items"),
-    "dropout": (lambda v: 0 <= v < 1, "from 0 to below 1"),
-    "dtype": (lambda v: v in ("float32", "float16", "bfloat16"), "float32, float16 or bfloat16"),
-    "loss": (lambda v: v in ("softmax", "bpr", "bce"), "softmax, bpr or bce"),
-    "split": (lambda v: v in ("test", "validation", "heldout"), "test, validation or heldout"),
-    "length": (lambda v: v >= 2, "at least 2"),
-    "task": (lambda v: isinstance(v, tuple) or 1 <= v <= 255, "from 1 to 255"),
-    "items": (lambda v: v >= 3, "at least 3"),
-    "targets": (lambda v: v >= 3, "at least 3"),
-    "rows": (lambda v: v >= 10, "at least 10"),
-    "steps": (lambda v: v >= 1, "at least 1"),
-    "first_epochs": (lambda v: v >= 1, "at least 1"),
-    "first_seed": (lambda v: v >= 0, "0 or more"),
-    "percents": (lambda v: 1 <= min(v) and max(v) <= 99, "whole numbers from 1 to 99, such as 50,70"),
-    "depths": (lambda v: min(v) >= 1, "whole numbers from 1, such as 1,3,6"),
-    "seeds": (lambda v: v >= 1, "at least 1"),
-    "users": (lambda v: isinstance(v, str) or v >= 1, "at least 1"),
-    "history": (lambda v: 0 < v <= 1, "above 0 and at most 1: a share of each user's rows"),
-    "min_rows": (lambda v: v >= 1, "at least 1"),
-    "rho": (lambda v: 0 < v < float("inf"), "above 0"),
-    "l2": (lambda v: 0 <= v < float("inf"), "0 or more"),
-}
+
+@dataclasses.dataclass
+class Running:
+    """How a script of the chain runs, whatever it learns; the blocks of all eight inherit this."""
+
+    index_path: str = "Data/Session/index.csv"  # ids of the items: conure_tp_t1.py writes it, the others read it
+    checkpoint_dir: str = "checkpoints"  # checkpoints and results.csv, read and written
+    device: Device = "auto"  # auto: cuda if there is a GPU
+    precision: Precision = "auto"  # of matrix products in training; auto: bfloat16 on a GPU, float32 on a CPU
+    compile: bool = False  # use torch.compile; the first steps take minutes
+    eval_every: Interval = 0  # steps between evaluations on validation; 0: once an epoch
+    snapshot_minutes: NonNegative = 10  # between snapshots, from which an interrupted run resumes; 0: at evaluations
+    overwrite: bool = False  # redo a stage that is finished, or was begun with other settings
 
 
 def ours(value: Any, original: Any) -> Any:
@@ -72,8 +98,59 @@ def ours(value: Any, original: Any) -> Any:
     return dataclasses.field(default=value, metadata={"original": original})
 
 
-def parse(text: str | list[str], kind: type) -> Any:
-    """The text, or for tuple[str, ...] the texts, as a value of `kind`, one of KINDS; ValueError if it is none."""
+def of_script(name: str, **changes: Any) -> Any:
+    """The settings that a script has without flags, as they stand in its file, but for `changes`."""
+    block = runpy.run_path(str(ROOT / name), run_name=Path(name).stem)["Hyperparameters"]
+    return resolve(block, changes, name)
+
+
+def from_command_line(block: type, about: str, arguments: list[str] | None = None) -> Any:
+    """The block's values with those given on the command line in their place; InputError if one makes no sense."""
+    types, given = get_type_hints(block, include_extras=True), {}
+    for name, text in vars(parser_of(block, about).parse_args(arguments)).items():
+        if text is not None:
+            try:
+                given[name] = parse(text, kind_and_limits(types[name])[0])
+            except ValueError:
+                raise InputError(f"--{name} {text!r} is not of the form {form(types[name])}") from None
+    return resolve(block, given)
+
+
+def resolve(block: type, given: dict[str, Any], script: str = "the script") -> Any:
+    """The block's values, or the original's if it says `as_original`, with those `given` in their place.
+
+    InputError if one makes no sense.
+    """
+    values = block(**given)
+    if getattr(values, "as_original", False):
+        fields = dataclasses.fields(block)
+        original = {field.name: field.metadata["original"] for field in fields if "original" in field.metadata}
+        values = block(**original | given)
+    for name, of_type in get_type_hints(block, include_extras=True).items():
+        value, (kind, limits) = getattr(values, name), kind_and_limits(of_type)
+        if not is_of(value, kind):
+            raise InputError(f"{name} = {value!r} at the top of {script} is not of the form {form(of_type)}")
+        if limits and not limits.allows(value):
+            place = f"--{name} {printable(value)}" if name in given else f"{name} = {value!r} at the top of {script}"
+            raise InputError(f"{place} makes no sense: it must be {limits}")
+    return values
+
+
+def kind_and_limits(of_type: Any) -> tuple[Any, Range | OneOf | None]:
+    """A field's type without its limits, which is one of FORMS, and the limits."""
+    if get_origin(of_type) is Literal:
+        return str, OneOf(get_args(of_type))
+    return get_args(of_type) if get_origin(of_type) is Annotated else (of_type, None)
+
+
+def form(of_type: Any) -> str:
+    """What values of a field's type look like on the command line."""
+    kind, limits = kind_and_limits(of_type)
+    return "|".join(limits) if isinstance(limits, OneOf) else FORMS[kind]
+
+
+def parse(text: str | list[str], kind: Any) -> Any:
+    """The text, or for tuple[str, ...] the texts, as a value of `kind`, one of FORMS; ValueError if it is none."""
     if kind is bool:
         return ("false", "true").index(text.lower()) == 1
     if kind == tuple[int, ...]:
@@ -81,8 +158,8 @@ def parse(text: str | list[str], kind: type) -> Any:
     return tuple(text) if kind == tuple[str, ...] else kind(text)
 
 
-def is_of(value: Any, kind: type) -> bool:
-    """Whether a field's value is of its type; a whole number may stand for a float."""
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of `kind`, one of FORMS; a whole number may stand for a float."""
     if kind == tuple[int, ...]:
         return isinstance(value, tuple) and len(value) > 0 and all(type(part) is int for part in value)
     if kind == tuple[str, ...]:
@@ -91,7 +168,7 @@ def is_of(value: Any, kind: type) -> bool:
 
 
 def comments(block: type) -> dict[str, str]:
-    """The comment behind each field of a hyperparameter block, those that it inherits included."""
+    """The comment behind each field of a block, those that it inherits included."""
     source = "".join(inspect.getsource(each) for each in reversed(block.__mro__[:-1]))
     return dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
 
@@ -101,46 +178,30 @@ class OneLineParser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help lists the flags)")
 
 
-def from_command_line(block: type, about: str, arguments: list[str] | None = None) -> Any:
-    """The block's values with those given on the command line in their place; InputError if one makes no sense."""
+def parser_of(block: type, about: str) -> OneLineParser:
+    """A flag for every field; those of `Running` come last in the help, under a title of their own."""
     module = sys.modules["__main__"].__spec__  # None for a script
     parser = OneLineParser(
-        usage=f"python {f'-m {module.name}' if module else '%(prog)s'} [--name value] …",
+        usage=f"python {f'-m {module.name}' if module else '%(prog)s'} [--name value] ...",
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    kinds, help_texts = get_type_hints(block), comments(block)
-    forms = {bool: dict(nargs="?", const="true"), tuple[str, ...]: dict(action="append")}  # `--overwrite` means true
+    running = parser.add_argument_group("running")
+    inherited = get_type_hints(Running) if issubclass(block, Running) else {}
+    types, help_texts = get_type_hints(block, include_extras=True), comments(block)
+    more = {bool: {"nargs": "?", "const": "true"}, tuple[str, ...]: {"action": "append"}}  # `--overwrite` means true
     for field in dataclasses.fields(block):
         default = f" [{printable(field.default)}]" if field.default not in ("", ()) else ""
         if "original" in field.metadata:
             default = f"{default.removesuffix(']')}; the original: {printable(field.metadata['original'])}]"
-        parser.add_argument(
+        (running if field.name in inherited else parser).add_argument(
             f"--{field.name}",
-            metavar=KINDS[kinds[field.name]],
+            metavar=form(types[field.name]),
             help=(help_texts.get(field.name, "") + default).replace("%", "%%"),
-            **forms.get(kinds[field.name], {}),
+            **more.get(kind_and_limits(types[field.name])[0], {}),
         )
-    values = {}
-    for name, text in vars(parser.parse_args(arguments)).items():
-        if text is not None:
-            try:
-                values[name] = parse(text, kinds[name])
-            except ValueError:
-                raise InputError(f"--{name} {text!r} is not of the form {KINDS[kinds[name]]}") from None
-    hyperparameters = block(**values)
-    if getattr(hyperparameters, "as_original", False):
-        original = {field.name: field.metadata.get("original") for field in dataclasses.fields(block)}
-        hyperparameters = block(**{name: v for name, v in original.items() if v is not None} | values)
-    for field in dataclasses.fields(hyperparameters):
-        value = getattr(hyperparameters, field.name)
-        if not is_of(value, kinds[field.name]):
-            raise InputError(f"{field.name} = {value!r} at the top of the script is not {KINDS[kinds[field.name]]}")
-        allowed, wanted = RULES.get(field.name, (lambda v: True, ""))
-        if not allowed(value):
-            raise InputError(f"--{field.name} {printable(value)} makes no sense: it must be {wanted}")
-    return hyperparameters
+    return parser
 
 
 def printable(value: Any) -> str:

@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conure.errors import InputError
+from conure.files import lock_folder
+
 import numpy as np
 import pytest
 from conftest import ROOT, chain_settings, flags
@@ -64,3 +67,23 @@ def test_two_processes_score_as_one(chain):
 def test_two_processes_leave_a_finished_stage_alone(chain):
     printed = run(2, "conure_ret_t4.py", *flags(chain[0], 4), *chain_settings(4, "ret"))
     assert printed.count("is finished") == 1
+
+
+@pytest.mark.parametrize(
+    "left_over",
+    [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "two"}, {"RANK": "1"}, {"WORLD_SIZE": "2", "RANK": "1"}],
+    ids=str,
+)
+def test_variables_that_torchrun_did_not_set_start_no_group(chain, run_here, monkeypatch, left_over):
+    for name, value in left_over.items():
+        monkeypatch.setenv(name, value)
+    code, output, error = run_here("conure_ret_t4.py", *flags(chain[0], 4), *chain_settings(4, "ret"))
+    assert (code, output.count("is finished"), error) == (0, 1, "")
+
+
+def test_a_folder_is_locked_until_the_lock_is_closed(tmp_path):
+    lock = lock_folder(str(tmp_path))
+    with pytest.raises(InputError, match="another run is at work"):
+        lock_folder(str(tmp_path))
+    lock.close()
+    lock_folder(str(tmp_path)).close()

@@ -32,6 +32,8 @@ ELSEWHERE = {
     "bash run_tests.sh": "runs this test",
     "CONURE_REFERENCE=folder bash run_tests.sh": "is this, with more references",
     ".venv/bin/python tests/soak.py": "test_soak.py runs every part of it",
+    ".venv/bin/python conure_tp_t5.py": "test_a_task_is_added_as_the_page_says runs it",
+    ".venv/bin/python conure_ret_t5.py": "so does it this one",
     "python3 -m venv .venv && .venv/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu": (
         "takes the network; the version is checked below"
     ),
@@ -39,13 +41,10 @@ ELSEWHERE = {
 
 
 def commands(text: str) -> list[str]:
-    """The commands of a page in order: lines of its code blocks, a loop as one, and code within its sentences."""
+    """The commands of a page in order: lines of its code blocks, and code within its sentences."""
     found = []
     for block, span in re.findall(r"^```\n(.*?)^```$|`([^`\n]+)`", text, re.MULTILINE | re.DOTALL):
-        if block.startswith("old="):
-            found.append(block.strip())
-        else:
-            found += [line for line in (block.splitlines() or [span]) if re.fullmatch(COMMAND, line)]
+        found += [line for line in (block.splitlines() or [span]) if re.fullmatch(COMMAND, line)]
     return list(dict.fromkeys(found))
 
 
@@ -91,19 +90,36 @@ def test_a_command(copy, command):
         assert output == "1::1193::5::978300760\n"
     if command == "bash run_all.sh":
         assert output.count("\n== python conure_") == 8 and "nothing forgotten" in output
-    if command.startswith("old="):
-        assert_learned(copy, 5)
-        folder = copy / "Data" / "Session"
-        shutil.copy(folder / "original_desen_finetune_like_nouserID.csv", folder / "original_desen_shares.csv")
-        run(copy, command.replace("old=4 new=5 data=age", "old=3 new=6 data=shares"))
-        assert_learned(copy, 6)
+
+
+def test_a_task_is_added_as_the_page_says(copy):
+    """Of classes, then of items, by no other edits than the page names, on the chain that the commands above left."""
+    run(copy, "cd Data/Session; cp original_desen_finetune_like_nouserID.csv original_desen_shares.csv")
+    copies = "\n".join(re.findall(r"^cp .+$", README, re.MULTILINE))
+    for task, like, data in ((5, 4, "age"), (6, 3, "shares")):
+        path = f'data_path: str = "Data/Session/original_desen_{data}.csv"'
+        run(copy, copies.replace("_t5", f"_t{task}").replace("_t4", f"_t{like}"))
+        for mode in ("tp", "ret"):
+            script = copy / f"conure_{mode}_t{task}.py"
+            text = edited(script.read_text(), r'data_path: str = "[^"]*"', path)
+            text = edited(text, rf'Stage\({like}, "{mode}"\)', f'Stage({task}, "{mode}")')
+            script.write_text(edited(text, r'\A"""[^"]*"""', f'"""Learns {data}."""'))
+            run(copy, f".venv/bin/python {script.name}")
+        assert_learned(copy, task)
+
+
+def edited(text: str, old: str, new: str) -> str:
+    """The text with the only place that matches the pattern `old` changed."""
+    text, places = re.subn(old, new, text)
+    assert places == 1, old
+    return text
 
 
 def shrink(copy: Path) -> None:
     """Edits the blocks of the scripts, as a user does, and puts away what other settings left."""
     for script in copy.glob("conure_*.py"):
-        text = re.sub(r"    epochs: int = \d+", "    epochs: int = 1", script.read_text())
-        script.write_text(re.sub(r"    channels: int = \d+", "    channels: int = 8", text))
+        text = re.sub(r"(    epochs: \w+) = \d+", r"\1 = 1", script.read_text())
+        script.write_text(re.sub(r"(    channels: \w+) = \d+", r"\1 = 8", text))
     run(copy, "rm -rf Data/Session/*.csv checkpoints/*")
 
 

@@ -4,7 +4,6 @@ The recorded numbers and their tolerances are described in tests/reference/READM
 are named by the environment variable CONURE_REFERENCE.
 """
 
-import importlib
 import json
 import os
 import re
@@ -102,13 +101,13 @@ class Recording:
 
     def loss(self, task: int, mode: str) -> losses.Loss:
         """The loss that the scripts train with --as_original, with the recorded negatives in place of drawn ones."""
-        block = importlib.import_module(f"conure_{mode}_t{min(task, 2)}").Hyperparameters
+        script = f"conure_{mode}_t{min(task, 2)}.py"
         if task == 1:
-            loss = losses.next_item(settings.from_command_line(block, "", ["--as_original"]), self.data(1))
+            loss = losses.next_item(settings.of_script(script, as_original=True), self.data(1))
             loss.sampler = RecordedNegatives(self, mode)
             return loss
-        l2 = str(self.arrays[f"task{task}/l2"])
-        loss = losses.target(settings.from_command_line(block, "", ["--as_original", "--l2", l2]), self.data(task))
+        l2 = float(str(self.arrays[f"task{task}/l2"]))
+        loss = losses.target(settings.of_script(script, as_original=True, l2=l2), self.data(task))
         loss.sampler.draw = lambda targets, generator: self.tensor(f"task{task}/negatives").flatten()
         return loss
 

@@ -14,10 +14,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from conure import checkpoint, launch, losses
 from conure.files import whole_file
+from conure.settings import Range
 
 import pandas as pd
 
@@ -32,8 +33,8 @@ SPLIT_TASK, NEXT_TASK = 2, 3  # whose targets are split, and which task is learn
 @dataclass
 class Hyperparameters(study.Settings):
     output_dir: str = "checkpoints/capacity"  # a folder per seed, capacity.csv and capacity.png
-    percents: tuple[int, ...] = (50, 60, 70, 80, 90, 95)  # prune ratios to try, in per cent
-    depths: tuple[int, ...] = (1, 4, 9)  # numbers of tasks after which task 3 is learned
+    percents: Annotated[tuple[int, ...], Range(1, 99)] = (50, 60, 70, 80, 90, 95)  # prune ratios to try, in per cent
+    depths: Annotated[tuple[int, ...], Range(1)] = (1, 4, 9)  # numbers of tasks after which task 3 is learned
 
 
 class Capacity(study.Study):

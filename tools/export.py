@@ -16,11 +16,12 @@ NEXT   python -m tools.represent, python -m tools.recommend
 import os
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from conure import checkpoint, launch
 from conure.errors import InputError
 from conure.files import save_sealed, torch_writing, whole_file
+from conure.settings import Task
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +35,11 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass
 class Hyperparameters:
-    task: int = 1  # the task to serve
+    task: Task = 1  # the task to serve
     checkpoint_dir: str = "checkpoints"  # where the scripts wrote their checkpoints
     checkpoint: str = ""  # a checkpoint file; empty: the newest in checkpoint_dir
     output: str = ""  # the serving file; empty: serving_tK.pt in checkpoint_dir, K being the task
-    dtype: str = "float32"  # of the weights in the file: float32, or float16 or bfloat16 for half its size
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the weights in the file; 16 bits halve its size
     program: str = ""  # a .pt2 file for the torch.export program; empty: none is written
 
 

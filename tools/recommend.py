@@ -14,6 +14,7 @@ from typing import BinaryIO
 from conure import launch
 from conure.errors import InputError
 from conure.files import whole_file
+from conure.settings import Count
 from conure.training import pick_device
 
 import numpy as np
@@ -24,7 +25,7 @@ from tools import serving
 
 @dataclass
 class Hyperparameters(serving.Source):
-    top_k: int = 10  # how many for each row
+    top_k: Count = 10  # how many for each row
     exclude_seen: bool = False  # leave out what the row itself holds
     output: str = ""  # a .csv file; empty: the terminal
 

@@ -23,6 +23,7 @@ from conure.errors import InputError
 from conure.files import load_sealed
 from conure.matmul import wide_linear
 from conure.metrics import EVALUATION_BATCH, SCORES_AT_ONCE
+from conure.settings import Device, Task
 from conure.ttl_format import Encoder, read_lines
 
 import numpy as np
@@ -41,11 +42,11 @@ FORMAT = 1
 class Source:
     """What the tools that read a serving file ask for."""
 
-    task: int = 1  # the task that is served
+    task: Task = 1  # the task that is served
     serving: str = ""  # the file that tools.export wrote; empty: checkpoints/serving_tK.pt, K being the task
     data_path: str = "Data/Session/original_desen_pretrain.csv"  # a user a line; what follows `,,` is not read
     ids: str = ""  # a file with the user of each row, one a line; empty: their numbers, from 1
-    device: str = "auto"  # auto, cpu or cuda
+    device: Device = "auto"  # auto: cuda if there is a GPU
 
     def check_output(self, path: str) -> None:
         """InputError if writing there would destroy what is read."""

@@ -1,7 +1,6 @@
 """Stages outside the chain of the eight scripts, with the scripts' own settings, data and losses."""
 
 import contextlib
-import importlib
 import multiprocessing
 import os
 import signal
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 
 from conure import losses, training
 from conure.errors import InputError, NothingToDo
+from conure.settings import Count, Device, Dilations, Positive, Seed, Width, of_script
 from conure.stage_files import StageFiles
 
 import torch
@@ -33,15 +33,15 @@ METRIC = {4: "accuracy"}  # of the tasks that are not scored by ranking, as in t
 class Settings:
     data_dir: str = "Data/Session"  # where the task files are
     output_dir: str = "checkpoints/study"  # what is finished there is not done again, and what was begun goes on
-    seeds: int = 3  # how many runs of each kind
-    first_seed: int = 10  # of the first run; each further one counts up
-    device: str = "auto"  # auto, cpu or cuda
-    channels: int = 64  # width of the embedding and of every layer
-    dilations: tuple[int, ...] = (1, 4, 1, 4)  # one residual block each
-    first_epochs: int = 20  # of task 1, in tp and again in ret
-    epochs: int = 4  # of every other task, in tp and again in ret
-    batch_size: int = 128  # of every other task
-    learning_rate: float = 1e-3  # of every other task
+    seeds: Count = 3  # how many runs of each kind
+    first_seed: Seed = 10  # of the first run; each further one counts up
+    device: Device = "auto"  # auto: cuda if there is a GPU
+    channels: Width = 64  # width of the embedding and of every layer
+    dilations: Dilations = (1, 4, 1, 4)  # one residual block each
+    first_epochs: Count = 20  # of task 1, in tp and again in ret
+    epochs: Count = 4  # of every other task, in tp and again in ret
+    batch_size: Count = 128  # of every other task
+    learning_rate: Positive = 1e-3  # of every other task
 
 
 class Origin(StageFiles):
@@ -67,9 +67,9 @@ class Study:
         self.loaded: dict[int, data_loader.TaskData] = {}
 
     def settings(self, task: int, mode: str, **changes: Any) -> SimpleNamespace:
-        """The block of the task's script, with the architecture and the changes that the tool's block asks for."""
-        scripts = ("conure_tp_t1", f"conure_{mode}_t{task}")  # the first for what only it has, as the kernel size
-        first, block = (importlib.import_module(name).Hyperparameters() for name in scripts)
+        """The task's script's, with the architecture and the changes that the tool's block asks for."""
+        scripts = ("conure_tp_t1.py", f"conure_{mode}_t{task}.py")  # the first for what only it has, as the kernel size
+        first, block = map(of_script, scripts)
         values = vars(first) | vars(block) | {"seed": self.seed, "index_path": str(self.folder / "index.csv")}
         values["data_path"] = os.path.join(self.hp.data_dir, os.path.basename(block.data_path))
         values |= {name: getattr(self.hp, name) for name in ("device", "channels", "dilations")}

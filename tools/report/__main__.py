@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from conure import launch
 from conure.files import whole_file
+from conure.settings import Device
 from conure.training import pick_device
 
 from tools.report import chain, history
@@ -20,7 +21,7 @@ class Hyperparameters:
     checkpoint_dir: str = "checkpoints"  # where the scripts wrote their checkpoints and results.csv
     output_dir: str = ""  # report.html and its pictures; empty: the folder `report` in checkpoint_dir
     data_dir: str = ""  # where the data files are; empty: where they were when the tasks were learned
-    device: str = "auto"  # auto, cpu or cuda
+    device: Device = "auto"  # auto: cuda if there is a GPU
 
 
 def main(hp: Hyperparameters) -> None:
