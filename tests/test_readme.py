@@ -95,7 +95,7 @@ def test_a_command(copy, command):
 def test_a_task_is_added_as_the_page_says(copy):
     """Of classes, then of items, by no other edits than the page names, on the chain that the commands above left."""
     run(copy, "cd Data/Session; cp original_desen_finetune_like_nouserID.csv original_desen_shares.csv")
-    copies = "\n".join(re.findall(r"^cp .+$", README, re.MULTILINE))
+    copies = "\n".join(re.findall(r"^cp .+$", PAGES, re.MULTILINE))
     for task, like, data in ((5, 4, "age"), (6, 3, "shares")):
         path = f'data_path: str = "Data/Session/original_desen_{data}.csv"'
         run(copy, copies.replace("_t5", f"_t{task}").replace("_t4", f"_t{like}"))
