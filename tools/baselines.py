@@ -20,7 +20,6 @@ method, task and seed) and baselines.md (mean and standard deviation over the se
 """
 
 import hashlib
-import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -28,103 +27,27 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from conure import checkpoint, launch, losses, metrics, training
+from conure import checkpoint, launch, metrics, training
 from conure.errors import InputError
 from conure.files import whole_file
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-import data_loader
-from nextitnet import CausalConv, NextItNet
+from nextitnet import NextItNet
 from pruning import Stage
-from tools import study
+from tools import check_output, study
+from tools.comparisons import tables
+from tools.comparisons.networks import Adapted, HeadOnly, Joint, JointLoss, Unprotected
 
 TASKS = (1, 2, 3, 4)
-ADAPTER_SHARE = 4  # channels of the network per channel of an adapter
 
 
 @dataclass
 class Hyperparameters(study.Settings):
     output_dir: str = "checkpoints/baselines"  # a folder per seed and method, baselines.csv and baselines.md
     only: str = ""  # one of the methods, and what it starts from; empty: all
-
-
-def only_named(model: nn.Module, chosen: Callable[[str], bool]) -> list[nn.Parameter]:
-    """Lets gradients reach the parameters whose names are chosen, and returns them."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(chosen(name))
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-class Unprotected(NextItNet):
-    """Trains everything but the heads of other tasks; it is never pruned, so that all weights are free."""
-
-    def train_only(self, stage: Stage) -> list[nn.Parameter]:
-        return only_named(self, lambda name: not name.startswith("heads.") or self.is_own(name, stage.task))
-
-    def is_own(self, name: str, task: int) -> bool:
-        return name.startswith(f"heads.{task}.")
-
-
-class Joint(Unprotected):
-    """Trains task 1's head too."""
-
-    def tables(self, task: int) -> set[nn.Parameter]:
-        return super().tables(1)
-
-    def is_own(self, name: str, task: int) -> bool:
-        return name.startswith((f"heads.{task}.", "heads.1."))
-
-
-class HeadOnly(NextItNet):
-    def train_only(self, stage: Stage) -> list[nn.Parameter]:
-        return only_named(self, lambda name: name.startswith(f"heads.{stage.task}."))
-
-
-class Adapter(nn.Module):
-    """x + up(relu(down(x))), which is x to begin with."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.down = nn.Linear(channels, channels // ADAPTER_SHARE)
-        self.up = nn.Linear(channels // ADAPTER_SHARE, channels)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.up(F.relu(self.down(x)))
-
-
-class Adapted(NextItNet):
-    """An adapter behind every convolution: "Parameter-Efficient Transfer from Sequential Behaviors for User Modeling
-    and Recommendation" (Yuan et al., SIGIR 2020), serial insertion."""
-
-    def add_head(self, task: int, size: int, bias: bool = False) -> None:
-        new = str(task) not in self.heads
-        super().add_head(task, size, bias)
-        if task > 1 and new:
-            for conv in (module for module in self.modules() if isinstance(module, CausalConv)):
-                conv.adapter = Adapter(self.architecture["channels"])
-                conv.register_forward_hook(lambda conv, _, output: conv.adapter(output))
-
-    def train_only(self, stage: Stage) -> list[nn.Parameter]:
-        return only_named(self, lambda name: ".adapter." in name or name.startswith(f"heads.{stage.task}."))
-
-
-class JointLoss:
-    """A task's loss plus task 1's on a batch of its own."""
-
-    def __init__(self, own: losses.Loss, first: losses.Loss, data: data_loader.TaskData, batch_size: int):
-        self.own, self.first, self.data, self.batch_size = own, first, data, batch_size
-
-    def __call__(self, model: NextItNet, stage: Stage, inputs: Tensor, targets: Tensor, generator, share):
-        examples = self.data.splits["train"]
-        drawn = examples[torch.randint(len(examples), (self.batch_size,), generator=generator).numpy()]
-        first = self.first(model, Stage(1, stage.mode), *self.data.batch(drawn), generator, share)
-        return self.own(model, stage, inputs, targets, generator, share) + first
+    overwrite: bool = False  # replace the tables of an earlier run; what has been learned there stays
 
 
 @dataclass
@@ -307,43 +230,6 @@ def bytes_to_serve(served: Iterable[tuple[dict[str, Any], set[int]]]) -> int:
     return sum(needed.values())
 
 
-def mean_and_spread(values: pd.Series, digits: int = 4) -> str:
-    """`0.0599 ± 0.0022`: the mean and the standard deviation, which one value alone does not have."""
-    spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():.{digits}f}{spread}"
-
-
-def comparison(table: pd.DataFrame) -> list[str]:
-    """Markdown lines: a row a method, with its score on every task."""
-    metric = table.drop_duplicates("task").set_index("task")["metric"]
-    tasks = sorted(metric.index)
-    lines = [
-        "| method | " + " | ".join(f"task {task}, {metric[task]}" for task in tasks)
-        + " | trained, thousands | MB for all tasks | seconds |",
-        "|---" * (len(tasks) + 4) + "|",
-    ]  # fmt: skip
-    for method, rows in table.groupby("method", sort=False):
-        by_task = rows.groupby("task")
-        cells = [mean_and_spread(by_task.get_group(t)["score"]) if t in by_task.groups else "" for t in tasks]
-        trained = " / ".join(f"{by_task.get_group(t)['trained'].max() / 1e3:.0f}" for t in by_task.groups)
-        seconds = rows.groupby("seed")["seconds"].sum().median()
-        all_tasks = f"{rows['bytes_all_tasks'].max() / 1e6:.1f}" if len(by_task) == len(TASKS) else ""
-        lines.append(f"| {method} | " + " | ".join([*cells, trained, all_tasks, f"{seconds:.0f}"]) + " |")
-    return lines
-
-
-def forgetting_table(table: pd.DataFrame) -> list[str]:
-    """Markdown lines: a row a method and task, with its scores after each further task."""
-    tasks = sorted(table["after"].unique())
-    lines = ["| method | task | " + " | ".join(f"after task {task}" for task in tasks) + " |"]
-    lines.append("|---" * (len(tasks) + 2) + "|")
-    for (method, task), rows in table.groupby(["method", "task"], sort=False):
-        after = rows.groupby("after")["score"]
-        cells = [mean_and_spread(after.get_group(t)) if t in after.groups else "" for t in tasks]
-        lines.append(f"| {method} | {task} | " + " | ".join(cells) + " |")
-    return lines
-
-
 def compare(hp: Hyperparameters, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows of the comparison and of the forgetting table with one seed."""
     runs, scores, forgotten = Comparison(hp, seed), [], []
@@ -363,15 +249,19 @@ def compare(hp: Hyperparameters, seed: int) -> tuple[list[dict[str, Any]], list[
 def main(hp: Hyperparameters) -> None:
     if hp.only and hp.only not in [*METHODS, "popular"]:
         raise InputError(f"--only {hp.only} is none of {', '.join([*METHODS, 'popular'])}")
-    scores, forgotten = map(list, map(itertools.chain.from_iterable, zip(*study.over_seeds(hp, compare))))
-    table = pd.DataFrame(scores)
-    lines = [f"Test scores, mean ± standard deviation over {hp.seeds} seeds.", "", *comparison(table)]
-    if forgotten:
-        lines += ["", "After learning further tasks:", "", *forgetting_table(pd.DataFrame(forgotten))]
-    name = f"baselines_{hp.only}" if hp.only else "baselines"
-    for suffix, text in (("csv", table.to_csv(index=False)), ("md", "\n".join(lines) + "\n")):
-        with whole_file(os.path.join(hp.output_dir, f"{name}.{suffix}")) as file:
-            file.write(text.encode())
+    output = os.path.join(hp.output_dir, f"baselines_{hp.only}" if hp.only else "baselines")
+    check_output(f"{output}.csv", hp.overwrite)
+    check_output(f"{output}.md", hp.overwrite)
+    seeds = study.over_seeds(hp, compare)
+    table = pd.DataFrame([row for scores, _ in seeds for row in scores])
+    forgotten = pd.DataFrame([row for _, forgotten in seeds for row in forgotten])
+    lines = [f"Test scores, mean ± standard deviation over {hp.seeds} seeds.", "", *tables.scores(table)]
+    if len(forgotten):
+        lines += ["", "After learning further tasks:", "", *tables.forgetting(forgotten)]
+    with whole_file(f"{output}.csv") as file:
+        table.to_csv(file, index=False)
+    with whole_file(f"{output}.md") as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
     print("\n".join(lines))
 
 

@@ -24,7 +24,7 @@ import pandas as pd
 import data_loader
 import pruning
 from pruning import Stage
-from tools import study
+from tools import check_output, study
 
 SPLIT_TASK, NEXT_TASK = 2, 3  # whose targets are split, and which task is learned at each depth
 
@@ -34,6 +34,7 @@ class Hyperparameters(study.Settings):
     output_dir: str = "checkpoints/capacity"  # a folder per seed, capacity.csv and capacity.png
     percents: tuple[int, ...] = (50, 60, 70, 80, 90, 95)  # prune ratios to try, in per cent
     depths: tuple[int, ...] = (1, 4, 9)  # numbers of tasks after which task 3 is learned
+    overwrite: bool = False  # replace the table and picture of an earlier run; what has been learned there stays
 
 
 class Capacity(study.Study):
@@ -44,7 +45,7 @@ class Capacity(study.Study):
         hp = self.settings(SPLIT_TASK, "tp")
         with open(hp.data_path, encoding="utf-8") as file:
             lines = [line.rstrip("\n").split(",,") for line in file]
-        frequency = Counter(itertools.chain.from_iterable(targets.split(",") for _, targets in lines))
+        frequency = Counter(target for _, targets in lines for target in targets.split(","))
         part = {target: number for (target, _), number in zip(frequency.most_common(), itertools.cycle(range(count)))}
         data = []
         for number in range(count):
@@ -145,11 +146,14 @@ def learn(hp: Hyperparameters, seed: int) -> list[dict[str, Any]]:
 
 
 def main(hp: Hyperparameters) -> None:
-    table = pd.DataFrame(itertools.chain.from_iterable(study.over_seeds(hp, learn)))
-    with whole_file(os.path.join(hp.output_dir, "capacity.csv")) as file:
+    path, picture = (os.path.join(hp.output_dir, name) for name in ("capacity.csv", "capacity.png"))
+    check_output(path, hp.overwrite)
+    check_output(picture, hp.overwrite)
+    table = pd.DataFrame([row for rows in study.over_seeds(hp, learn) for row in rows])
+    with whole_file(path) as file:
         table.to_csv(file, index=False)
     print(table.to_string(index=False))
-    plot(table, os.path.join(hp.output_dir, "capacity.png"))
+    plot(table, picture)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ NEXT   python -m tools.represent, python -m tools.recommend
 """
 
 import os
-from collections import defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,10 @@ from conure.errors import InputError
 from conure.files import save_sealed, torch_writing, whole_file
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from nextitnet import NextItNet
-from tools import serving
+from tools import check_output
+from tools.serving import file
+from tools.serving.program import program_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -40,49 +39,14 @@ class Hyperparameters:
     output: str = ""  # the serving file; empty: serving_tK.pt in checkpoint_dir, K being the task
     dtype: str = "float32"  # of the weights in the file: float32, or float16 or bfloat16 for half its size
     program: str = ""  # a .pt2 file for the torch.export program; empty: none is written
-
-
-class Program(nn.Module):
-    """A served task in torch's own operations alone, of which torch.export can make a program."""
-
-    def __init__(self, model: NextItNet, task: int, length: int):
-        super().__init__()
-        self.embedding, self.head, self.task = model.embedding.weight, model.head(task), task
-        self.position = None
-        if model.position is not None:
-            inputs = length + int(task > 1)
-            places = torch.arange(inputs) - inputs + model.position.num_embeddings
-            self.position = nn.Parameter(model.position.weight[places.clamp(min=0)].detach())
-        self.blocks, self.dilations = model.blocks, model.architecture["dilations"]
-
-    def conv(self, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
-        """(B, T, C) → (B, T, C); weight (K, C_in, C_out), tap 0 the oldest."""
-        x = F.pad(x.transpose(1, 2), ((len(weight) - 1) * dilation, 0))
-        return F.conv1d(x, weight.permute(2, 1, 0), dilation=dilation).transpose(1, 2)
-
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, length) → user representations (B, C), scores (B, targets), which are -inf for `<UNK>`."""
-        if self.task > 1:
-            ids = F.pad(ids, (0, 1))
-        x = F.embedding(ids, self.embedding)  # (B, T, C)
-        if self.position is not None:
-            x = x + self.position
-        for block, dilation in zip(self.blocks, self.dilations):
-            inner = self.conv(F.relu(block.ln1(x)), block.conv1.weight, dilation)
-            x = x + self.conv(F.relu(block.ln2(inner)), block.conv2.weight, 2 * dilation)
-        user = x[:, -1]
-        scores = self.head(user)
-        return user, torch.cat([torch.full_like(scores[:, :1], -torch.inf), scores[:, 1:]], dim=1)
+    overwrite: bool = False  # replace what stands there and is no serving file of the task
 
 
 def write_program(path: str, content: dict[str, Any]) -> None:
-    """The program takes any number of rows at a time."""
-    program = Program(serving.build_model(content), content["task"], content["length"]).eval().requires_grad_(False)
-    example = torch.zeros(2, content["length"], dtype=torch.int64)
-    exported = torch.export.export(program, (example,), dynamic_shapes=({0: torch.export.Dim("rows")},))
+    exported = program_of(file.build_model(content), content["task"], content["length"])
     tokens = {f"{name}.txt": content[name].numpy().tobytes().decode() for name in ("items", "targets")}
-    with whole_file(path) as file, torch_writing():
-        torch.export.save(exported, file, extra_files=tokens)
+    with whole_file(path) as output, torch_writing():
+        torch.export.save(exported, output, extra_files=tokens)
     print(f"wrote {path} ({os.path.getsize(path) / 1e6:.2f} MB, float32), for rows of length {content['length']}")
 
 
@@ -97,12 +61,12 @@ def kind_of(name: str, task: int) -> str:
     return "item embedding" if name.startswith("embedding") else "positions and layer norms"
 
 
-def sizes(content: dict[str, Any], task: int) -> dict[str, int]:
+def sizes(content: dict[str, Any], task: int) -> Counter[str]:
     """Bytes by what they are for, of a checkpoint's or a serving file's tensors."""
     tensors = dict(content["model"] if "model" in content else content["weights"])
     for name, layer in content.get("conv", {}).items():
         tensors |= {f"{name}.weight": layer["weights"], f"{name}.readable": layer["readable"]}
-    found = defaultdict(int)
+    found = Counter()
     for name, tensor in tensors.items():
         found[kind_of(name, task)] += tensor.nbytes
     lists = [record["targets"] for record in content["tasks"].values()] if "tasks" in content else [content["targets"]]
@@ -110,23 +74,27 @@ def sizes(content: dict[str, Any], task: int) -> dict[str, int]:
     return found
 
 
-def print_sizes(before: dict[str, int], after: dict[str, int]) -> None:
+def print_sizes(before: Counter[str], after: Counter[str]) -> None:
     print(f"{'megabytes':34}{'checkpoint':>12}{'serving':>12}")
     for name in before:
-        print(f"{name:34}{before[name] / 1e6:12.3f}{after.get(name, 0) / 1e6:12.3f}")
-    print(f"{'all of it':34}{sum(before.values()) / 1e6:12.3f}{sum(after.values()) / 1e6:12.3f}")
+        print(f"{name:34}{before[name] / 1e6:12.3f}{after[name] / 1e6:12.3f}")
+    print(f"{'all of it':34}{before.total() / 1e6:12.3f}{after.total() / 1e6:12.3f}")
 
 
 def main(hp: Hyperparameters) -> None:
+    output = hp.output or file.path_of(hp.checkpoint_dir, hp.task)
+    check_output(output, hp.overwrite, own=file.is_of_task(output, hp.task))
+    if hp.program and not hp.program.endswith(".pt2"):
+        raise InputError(f"--program {hp.program}: the name must end with .pt2")
+    check_output(hp.program, hp.overwrite)
     path = hp.checkpoint or checkpoint.newest(hp.checkpoint_dir)
+    if os.path.realpath(path) == os.path.realpath(output):
+        raise InputError(f"--output {output} is the checkpoint that is read: give another name")
     content, _ = checkpoint.load(path)
     if hp.task not in content["tasks"]:
         raise InputError(f"{path} has learned tasks 1 to {max(content['tasks'])}: task {hp.task} is not among them")
-    if hp.program and not hp.program.endswith(".pt2"):
-        raise InputError(f"--program {hp.program}: the name must end with .pt2")
     print(f"checkpoint: {path}")
-    served = serving.extract(content, hp.task, DTYPES[hp.dtype])
-    output = hp.output or serving.path_of(hp.checkpoint_dir, hp.task)
+    served = file.extract(content, hp.task, DTYPES[hp.dtype])
     save_sealed(output, served)
     print_sizes(sizes(content, hp.task), sizes(served, hp.task))
     before, after = (os.path.getsize(each) / 1e6 for each in (path, output))

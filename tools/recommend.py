@@ -9,7 +9,6 @@ NEXT   your own shop window
 import contextlib
 import sys
 from dataclasses import dataclass
-from typing import BinaryIO
 
 from conure import launch
 from conure.errors import InputError
@@ -19,18 +18,14 @@ from conure.training import pick_device
 import numpy as np
 import pandas as pd
 
-from tools import serving
+from tools.serving.served import Served, Source
 
 
 @dataclass
-class Hyperparameters(serving.Source):
+class Hyperparameters(Source):
     top_k: int = 10  # how many for each row
     exclude_seen: bool = False  # leave out what the row itself holds
     output: str = ""  # a .csv file; empty: the terminal
-
-
-def output_file(path: str) -> contextlib.AbstractContextManager[BinaryIO]:
-    return whole_file(path) if path else contextlib.nullcontext(sys.stdout.buffer)
 
 
 def table(users: list[str], targets: np.ndarray, scores: np.ndarray, tokens: np.ndarray) -> pd.DataFrame:
@@ -43,15 +38,14 @@ def table(users: list[str], targets: np.ndarray, scores: np.ndarray, tokens: np.
 def main(hp: Hyperparameters) -> None:
     if hp.output:
         hp.check_output(hp.output)
-    served = serving.Served(hp, pick_device(hp.device))
+    served = Served(hp, pick_device(hp.device))
     if hp.exclude_seen and served.metric == "accuracy":
         raise InputError(f"--exclude_seen is for tasks of items: task {hp.task} has classes, of which no row holds one")
     tokens = np.array(served.targets.tokens, dtype=object)
-    with output_file(hp.output) as file:
-        header = True
-        for users, ids in served.batches(hp.data_path, hp.ids):
-            table(users, *served.best(ids, hp.top_k, hp.exclude_seen), tokens).to_csv(file, index=False, header=header)
-            header = False
+    with whole_file(hp.output) if hp.output else contextlib.nullcontext(sys.stdout.buffer) as file:
+        for number, (users, ids) in enumerate(served.batches(hp.data_path, hp.ids)):
+            best = table(users, *served.best(ids, hp.top_k, hp.exclude_seen), tokens)
+            best.to_csv(file, index=False, header=number == 0)
     print(served.said(), file=sys.stderr)
     if hp.output:
         print(f"wrote {hp.output}")

@@ -11,6 +11,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import BinaryIO
 
 from conure import launch
@@ -21,7 +22,7 @@ from conure.training import pick_device
 import numpy as np
 import pandas as pd
 
-from tools import serving
+from tools.serving.served import Served, Source
 
 BLOCKS_A_GROUP = 64  # of the parquet file: 16,384 rows
 
@@ -29,7 +30,7 @@ Blocks = Iterator[tuple[list[str], np.ndarray]]  # users, and their representati
 
 
 @dataclass
-class Hyperparameters(serving.Source):
+class Hyperparameters(Source):
     output: str = "users.npy"  # .npy, .csv or .parquet
 
 
@@ -78,18 +79,15 @@ def writer_of(path: str) -> Callable[[BinaryIO, Blocks], None]:
     ending = os.path.splitext(path)[1]
     if ending not in WRITERS:
         raise InputError(f"--output {path}: the name must end with {', '.join(WRITERS)}")
-    if ending == ".parquet":
-        try:
-            import pyarrow  # noqa: F401
-        except ImportError:
-            raise InputError(".parquet takes pyarrow: .venv/bin/python -m pip install pyarrow") from None
+    if ending == ".parquet" and find_spec("pyarrow") is None:
+        raise InputError(".parquet takes pyarrow: .venv/bin/python -m pip install pyarrow")
     return WRITERS[ending]
 
 
 def main(hp: Hyperparameters) -> None:
     write = writer_of(hp.output)
     hp.check_output(hp.output)
-    served = serving.Served(hp, pick_device(hp.device))
+    served = Served(hp, pick_device(hp.device))
     batches = served.batches(hp.data_path, hp.ids)
     with whole_file(hp.output) as file:
         write(file, ((users, served.represent(ids).cpu().numpy()) for users, ids in batches))

@@ -12,7 +12,8 @@ from conure import launch
 from conure.files import whole_file
 from conure.training import pick_device
 
-from tools.report import chain, history
+from tools import check_output
+from tools.report import chain, history, markup
 
 
 @dataclass
@@ -21,24 +22,37 @@ class Hyperparameters:
     output_dir: str = ""  # report.html and its pictures; empty: the folder `report` in checkpoint_dir
     data_dir: str = ""  # where the data files are; empty: where they were when the tasks were learned
     device: str = "auto"  # auto, cpu or cuda
+    overwrite: bool = False  # replace a report.html, learning_curves.png or ownership.png that no report wrote
+
+
+def is_report(path: str) -> bool:
+    """Whether a report stands at `path`, which a new one may replace, and its pictures with it."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return markup.GENERATOR.encode() in file.read(1000)
 
 
 def main(hp: Hyperparameters) -> None:
     from tools.report import page, pictures  # only now, as they take matplotlib, and --help does not
 
+    folder = hp.output_dir or os.path.join(hp.checkpoint_dir, "report")
+    report = os.path.join(folder, "report.html")
+    for name in ("report.html", "learning_curves.png", "ownership.png"):
+        check_output(os.path.join(folder, name), hp.overwrite, own=is_report(report))
     histories = history.histories(hp.checkpoint_dir)
     whole = chain.read(hp.checkpoint_dir, hp.data_dir, pick_device(hp.device))
     written = {
+        "report.html": page.page(whole, histories).encode(),  # first, as the pictures beside it are known by it
         "learning_curves.png": pictures.learning_curves(histories),
         "ownership.png": pictures.ownership_png(whole.layers),
-        "report.html": page.page(whole, histories).encode(),
     }
     for name, content in written.items():
-        path = os.path.join(hp.output_dir or os.path.join(hp.checkpoint_dir, "report"), name)
+        path = os.path.join(folder, name)
         with whole_file(path) as file:
             file.write(content)
         print(f"wrote {path}")
-    print(f"next: open {path} in a browser")
+    print(f"next: open {report} in a browser")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import base64
 import html
 from collections.abc import Iterable
 
+GENERATOR = '<meta name="generator" content="python -m tools.report">'  # by which a page is known as the report's own
+
 
 class Html(str):
     """Markup; every other string is escaped on its way into the page."""
