@@ -1,8 +1,8 @@
 """Tables as people have them: CSV, TSV, RecBole's atomic files, MovieLens' `::` files, `|` between columns, all of them
 also as .gz, and parquet.
 
-Tokens, which are ids and classes, keep their text (`0042` stays `0042`). Conditions, and what orders the rows, see
-numbers where all values of a column are numbers, times where all are ISO dates, otherwise text, which orders nothing.
+Ids and classes are tokens and keep their text: `0042` stays `0042`. Order columns and conditions take a column as
+numbers if all its values are numbers, as times if all are ISO dates, otherwise as text, which cannot order rows.
 """
 
 import ast
@@ -30,11 +30,10 @@ NO_VALUE = [*NO_TOKEN, "NA", "NaN", "nan", "NULL", "null", "None"]  # among numb
 SURPLUS = "a value more than the first line has"  # the column for it
 UNFIT = re.compile(r"[,\x00-\x1f]|^<UNK>$")  # tokens that the task files cannot hold
 UNFIT_USER = re.compile(r"[\x00-\x1f]")  # users, who stand in files of their own, one a line
-
 PARQUET = (".parquet", ".pq")
-WORDS = {"&": " and ", "|": " or "}  # as pandas reads them in a condition
+WORDS = {"&": " and ", "|": " or "}  # pandas gives both pairs the precedence of the words
 
-# What a condition raises that is one in form only.
+# What evaluating a wrong condition raises.
 REFUSALS = (NameError, TypeError, ValueError, KeyError, AttributeError, NotImplementedError)
 
 
@@ -210,18 +209,17 @@ def writable(column: pd.Categorical, path: str, header: str, name: str, unfit_te
 
 
 def comparable(column: pd.Series) -> pd.Series:
-    """Numbers where all values are numbers, naive datetime64[ns] where all are ISO dates, else the column as it is."""
+    """Numbers if all values are numbers, naive datetime64[ns] if all are ISO dates, otherwise the column unchanged."""
     if isinstance(column.dtype, pd.CategoricalDtype):
         values = comparable(pd.Series(column.cat.categories, dtype=object))
         return values.reindex(column.cat.codes).set_axis(column.index)  # NaN for code -1
     if pd.api.types.is_numeric_dtype(column):
         return column
-    is_time = pd.api.types.is_datetime64_any_dtype(column)
-    for parse in (as_times,) if is_time else (as_numbers, as_times):
-        parsed = parse(column)
-        if parsed.count() == column.count():
-            return parsed
-    return column
+    try:
+        parsed = as_times(column) if pd.api.types.is_datetime64_any_dtype(column) else pd.to_numeric(column)
+    except (ValueError, TypeError):  # raised at the first value that is no number
+        parsed = as_times(column)
+    return parsed if parsed.count() == column.count() else column
 
 
 def as_numbers(column: pd.Series) -> pd.Series:
@@ -229,7 +227,7 @@ def as_numbers(column: pd.Series) -> pd.Series:
 
 
 def as_times(column: pd.Series) -> pd.Series:
-    """In UTC where they name their zone."""
+    """Naive datetime64[ns], NaT for what is no ISO date; times with a zone are converted to UTC."""
     return pd.to_datetime(column, format="ISO8601", errors="coerce", utc=True).dt.tz_localize(None)
 
 
@@ -240,7 +238,7 @@ def kind_of(values: pd.Series) -> str:
 
 
 def refuse_text(values: pd.Series, path: str, header: str, name: str) -> None:
-    """InputError if an order column holds what is no number among numbers, or no date among dates."""
+    """InputError if an order column is text; it names the first value that is no number or no date, and counts them."""
     if kind_of(values) != "text":
         return
     best = max(as_numbers(values), as_times(values), key=pd.Series.count)
@@ -253,7 +251,7 @@ def refuse_text(values: pd.Series, path: str, header: str, name: str) -> None:
 
 
 def place_of(path: str, header: str, row: int) -> str:
-    """`path, line 7` for a row of the table, from 0; a parquet file has no lines."""
+    """`path, line 7` for a row of the table, counted from 0; in parquet, which has no lines, `path, row 7`."""
     if path.endswith(PARQUET):
         return f"{path}, row {row + 1}"
     with open_bytes(path) as file:
@@ -261,9 +259,9 @@ def place_of(path: str, header: str, row: int) -> str:
         separator = separator_of(text.readline().rstrip("\r\n"), path)
         text.seek(0)
         lines, last = csv.reader(text, delimiter=separator[0]), 0
-        left = row + (not header)  # before the row
+        left = row + (not header)  # records to pass, the header line included
         for fields in lines:
-            if len(fields) > 1 or "".join(fields).strip():  # no empty line, which is no row
+            if len(fields) > 1 or "".join(fields).strip():  # pandas skips blank lines
                 if left == 0:
                     break
                 left -= 1
@@ -282,7 +280,7 @@ def meets(values: dict[str, pd.Series], condition: str, path: str, found: Sequen
     text, columns = re.sub(r"""'[^']*'|"[^"]*"|[&|]""", lambda each: WORDS.get(each[0], each[0]), condition), {}
     for name in values:
         if mentions(condition, name):
-            plain = re.sub(r"\W", "_", name)  # what pandas asks to be put in backticks
+            plain = re.sub(r"\W", "_", name)  # names that are no identifiers stand in backticks
             text, columns[plain] = text.replace(f"`{name}`", plain), values[name]
     try:
         tree = ast.parse(text.strip(), mode="eval")
@@ -305,8 +303,8 @@ def meets(values: dict[str, pd.Series], condition: str, path: str, found: Sequen
 
 
 def comparable_with(side: ast.expr, other: ast.expr, columns: dict[str, pd.Series]) -> ast.expr:
-    """`other`, or the name of a new column with the date that it is, as pandas guesses at what is none; ValueError if a
-    column is compared with another kind than its values, which would hold nowhere, or everywhere."""
+    """`other`, which the column named by `side` is compared with. A date becomes a column of its own, because pandas
+    would also guess at text that is no ISO date. ValueError if the two are of different kinds."""
     if not isinstance(side, ast.Name) or side.id not in columns:
         return other
     values = columns[side.id]

@@ -25,12 +25,11 @@ def refuse_what_is_there(folder: str, files: Iterable[str], overwrite: bool) -> 
         raise InputError(f"{there[0]} is there already: give --overwrite to replace it, or another --output_dir")
     found = {path for pattern in ("original_desen_*.csv", "users*.csv") for path in Path(folder).glob(pattern)}
     if others := sorted(found - set(paths)):
-        raise InputError(f"{others[0]} is of other data: remove it, or give another --output_dir")
+        raise InputError(f"{others[0]} is of other data: move it away, or give another --output_dir")
 
 
-def write_files(folder: str, files: dict[str, Iterable[str]], overwrite: bool) -> None:
-    """Writes each file's lines, one file after the other; InputError as `refuse_what_is_there`."""
-    refuse_what_is_there(folder, files, overwrite)
+def write_files(folder: str, files: dict[str, Iterable[str]]) -> None:
+    """Writes each file's lines, one file after the other."""
     for file_name, lines in files.items():
         with whole_file(str(Path(folder) / file_name)) as file:
             file.writelines(f"{line}\n".encode() for line in lines)

@@ -1,6 +1,7 @@
 """Tables of interactions → task files: Data/from_interactions.py."""
 
 import gzip
+import os
 import re
 import shlex
 import sys
@@ -16,7 +17,7 @@ from Data import tables
 from Data.task_files import file_of, print_next_steps
 
 SCRIPT = "Data.from_interactions"
-MOVIELENS = ROOT.parent / "shared" / "data"
+MOVIELENS = Path(os.environ.get("CONURE_MOVIELENS", "nowhere"))  # tables in ml-1m-half, files in ml-1m-half-conure
 COLUMNS = ["--columns", "user,item,rating,time", "--user", "user", "--item", "item", "--order", "time,item"]
 RATED = ["--task", "click=later where rating >= 4 and rating < 5", "--task", "like=later where rating >= 5"]
 
@@ -68,7 +69,7 @@ def days(users: str = "ab", count: int = 10) -> list[tuple]:
     return [(user, f"{user}{time}", time) for user in users for time in range(count)]
 
 
-@pytest.mark.skipif(not MOVIELENS.exists(), reason="the MovieLens data is not in ../shared/data")
+@pytest.mark.skipif(not MOVIELENS.exists(), reason="CONURE_MOVIELENS names no folder")
 def test_movielens_gives_the_files_of_the_results_byte_for_byte(tmp_path, run_here):
     source = MOVIELENS / "ml-1m-half"
     users = ["--users", str(source / "users.dat"), "--users_columns", "user,gender,age,occupation,zip"]
