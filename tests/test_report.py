@@ -261,16 +261,18 @@ def begun(chain, tmp_path) -> Path:
 
 
 @draws
-@pytest.mark.parametrize("name", ["report.html", "learning_curves.png", "ownership.png"])
-def test_what_no_report_wrote_is_replaced_only_if_asked(begun, tmp_path, name):
-    theirs = tmp_path / "report" / name
-    theirs.parent.mkdir()
-    theirs.write_text("<html>theirs</html>")
-    with pytest.raises(InputError, match=f"{name} exists: --overwrite replaces it"):
-        made(begun, theirs.parent)
-    assert [*theirs.parent.iterdir()] == [theirs] and theirs.read_text() == "<html>theirs</html>"
-    made(begun, theirs.parent, overwrite=True)
-    made(begun, theirs.parent)  # over its own
+def test_what_no_report_wrote_is_replaced_only_if_asked(begun, tmp_path):
+    folder = tmp_path / "report"
+    folder.mkdir()
+    for name in ("report.html", "learning_curves.png", "ownership.png"):
+        (folder / name).write_text("theirs")
+        with pytest.raises(InputError, match=f"{name} exists: --overwrite replaces it"):
+            made(begun, folder)
+        assert [path.read_text() for path in folder.iterdir()] == ["theirs"]
+        (folder / name).unlink()
+    (folder / "report.html").write_text("theirs")
+    made(begun, folder, overwrite=True)
+    made(begun, folder)  # over its own
 
 
 @draws

@@ -1,4 +1,4 @@
-"""What is built on the chain: commands, and rooms for what stands behind them."""
+"""Commands that use a trained chain, run as `python -m tools.NAME`; the packages hold what they are made of."""
 
 import os
 
@@ -6,6 +6,6 @@ from conure.errors import InputError
 
 
 def check_output(path: str, overwrite: bool, own: bool = False) -> None:
-    """InputError if something stands at `path` which the tool did not write (`own`) and may not replace."""
+    """InputError if `path` exists, except with --overwrite or for the tool's `own` earlier output."""
     if os.path.exists(path) and not (overwrite or own):
         raise InputError(f"{path} exists: --overwrite replaces it")

@@ -47,7 +47,7 @@ TASKS = (1, 2, 3, 4)
 class Hyperparameters(study.Settings):
     output_dir: str = "checkpoints/baselines"  # a folder per seed and method, baselines.csv and baselines.md
     only: str = ""  # one of the methods, and what it starts from; empty: all
-    overwrite: bool = False  # replace the tables of an earlier run; what has been learned there stays
+    overwrite: bool = False  # replace the tables of an earlier run; its checkpoints stay
 
 
 @dataclass

@@ -34,7 +34,7 @@ class Hyperparameters(study.Settings):
     output_dir: str = "checkpoints/capacity"  # a folder per seed, capacity.csv and capacity.png
     percents: tuple[int, ...] = (50, 60, 70, 80, 90, 95)  # prune ratios to try, in per cent
     depths: tuple[int, ...] = (1, 4, 9)  # numbers of tasks after which task 3 is learned
-    overwrite: bool = False  # replace the table and picture of an earlier run; what has been learned there stays
+    overwrite: bool = False  # replace the table and picture of an earlier run; its checkpoints stay
 
 
 class Capacity(study.Study):

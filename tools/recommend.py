@@ -1,9 +1,9 @@
-"""Writes the best items, or classes, of a task for every row of a data file, in the tokens of the data.
+"""Write the top-k items or classes of a task for every row of a data file, as tokens of the data.
 
-READS  a serving file, from tools.export; a data file of any task, or any file of such lines
-WRITES output, or the terminal: user,rank,target,score, a line for each recommendation; a score is the head's output,
-       comparable within a row, and no probability
-NEXT   your own shop window
+READS  a serving file, from tools.export; a data file of any task, or any file in that format
+WRITES output, or the terminal: user,rank,target,score, one line a recommendation; scores are logits, comparable within
+       a user only
+NEXT   your own application
 """
 
 import contextlib
@@ -24,12 +24,12 @@ from tools.serving.served import Served, Source
 @dataclass
 class Hyperparameters(Source):
     top_k: int = 10  # how many for each row
-    exclude_seen: bool = False  # leave out what the row itself holds
+    exclude_seen: bool = False  # leave out items that the row itself contains
     output: str = ""  # a .csv file; empty: the terminal
 
 
 def table(users: list[str], targets: np.ndarray, scores: np.ndarray, tokens: np.ndarray) -> pd.DataFrame:
-    """`targets` and `scores` (B, k) as a row each, but where the score is -inf."""
+    """One line for each of `targets` (B, k), except where its score is -inf."""
     row, place = np.nonzero(scores > -np.inf)
     columns = {"user": np.array(users, dtype=object)[row], "rank": place + 1}
     return pd.DataFrame(columns | {"target": tokens[targets[row, place]], "score": scores[row, place]})

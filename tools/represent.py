@@ -1,10 +1,10 @@
-"""Writes the user representation of every row of a data file, in file order.
+"""Write the user representation of every row of a data file, in file order.
 
-READS  a serving file, from tools.export; a data file of any task, or any file of such lines
+READS  a serving file, from tools.export; a data file of any task, or any file in that format
 WRITES output, by its ending:  .npy      float32 (rows, channels), the rows as in the data file
                                .csv      user, then a column for each channel
-                               .parquet  the same; takes pyarrow, which is asked for by name where it is missing
-NEXT   your own model, index of nearest neighbours, or dashboard
+                               .parquet  the same; needs pyarrow
+NEXT   your own model, nearest-neighbour index or dashboard
 """
 
 import itertools
@@ -35,7 +35,7 @@ class Hyperparameters(Source):
 
 
 def write_npy(file: BinaryIO, blocks: Blocks) -> None:
-    """The header has room for any number of rows, so it is written again once that is known."""
+    """The number of rows is known at the end only; the header has room for any, so it is written again then."""
     count, header = 0, {"descr": "<f4", "fortran_order": False}
     for _, block in blocks:
         if count == 0:
@@ -59,7 +59,7 @@ def write_csv(file: BinaryIO, blocks: Blocks) -> None:
 
 
 def write_parquet(file: BinaryIO, blocks: Blocks) -> None:
-    """In groups of many rows, as what is kept in memory of each is written at the end."""
+    """In row groups of many blocks, because the writer keeps the metadata of each group in memory."""
     import pyarrow
     import pyarrow.parquet
 
@@ -75,12 +75,12 @@ WRITERS = {".npy": write_npy, ".csv": write_csv, ".parquet": write_parquet}
 
 
 def writer_of(path: str) -> Callable[[BinaryIO, Blocks], None]:
-    """By the ending of the name; InputError if it is none of WRITERS, or a package is missing."""
+    """The writer for the file's ending; InputError for another ending, or if pyarrow is missing."""
     ending = os.path.splitext(path)[1]
     if ending not in WRITERS:
         raise InputError(f"--output {path}: the name must end with {', '.join(WRITERS)}")
     if ending == ".parquet" and find_spec("pyarrow") is None:
-        raise InputError(".parquet takes pyarrow: .venv/bin/python -m pip install pyarrow")
+        raise InputError(".parquet needs pyarrow: .venv/bin/python -m pip install pyarrow")
     return WRITERS[ending]
 
 

@@ -1,4 +1,4 @@
-"""The networks that Conure is compared with, and the loss of two tasks at once."""
+"""The networks that Conure is compared with, and the joint loss of two tasks."""
 
 from collections.abc import Callable
 
@@ -16,39 +16,42 @@ ADAPTER_SHARE = 4  # channels of the network per channel of an adapter
 
 
 def only_named(model: nn.Module, chosen: Callable[[str], bool]) -> list[nn.Parameter]:
-    """Lets gradients reach the parameters whose names are chosen, and returns them."""
+    """Enables gradients for the parameters whose names are `chosen`, disables all others, and returns the former."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(chosen(name))
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 class Unprotected(NextItNet):
-    """Trains everything but the heads of other tasks; it is never pruned, so that all weights are free."""
+    """Trains everything except the heads of other tasks. It is never pruned, so all weights stay free."""
+
+    def own_heads(self, task: int) -> tuple[str, ...]:
+        return (f"heads.{task}.",)
 
     def train_only(self, stage: Stage) -> list[nn.Parameter]:
-        return only_named(self, lambda name: not name.startswith("heads.") or self.is_own(name, stage.task))
-
-    def is_own(self, name: str, task: int) -> bool:
-        return name.startswith(f"heads.{task}.")
+        own = self.own_heads(stage.task)
+        return only_named(self, lambda name: not name.startswith("heads.") or name.startswith(own))
 
 
 class Joint(Unprotected):
-    """Trains task 1's head too."""
+    """Also trains the head of task 1."""
+
+    def own_heads(self, task: int) -> tuple[str, ...]:
+        return (f"heads.{task}.", "heads.1.")
 
     def tables(self, task: int) -> set[nn.Parameter]:
         return super().tables(1)
 
-    def is_own(self, name: str, task: int) -> bool:
-        return name.startswith((f"heads.{task}.", "heads.1."))
-
 
 class HeadOnly(NextItNet):
+    """Trains the head alone."""
+
     def train_only(self, stage: Stage) -> list[nn.Parameter]:
         return only_named(self, lambda name: name.startswith(f"heads.{stage.task}."))
 
 
 class Adapter(nn.Module):
-    """x + up(relu(down(x))), which is x to begin with."""
+    """x + up(relu(down(x))); initially the identity, as `up` starts at zero."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -78,7 +81,7 @@ class Adapted(NextItNet):
 
 
 class JointLoss:
-    """A task's loss plus task 1's on a batch of its own."""
+    """The task's loss plus that of task 1 on a batch drawn for it."""
 
     def __init__(self, own: losses.Loss, first: losses.Loss, data: data_loader.TaskData, batch_size: int):
         self.own, self.first, self.data, self.batch_size = own, first, data, batch_size

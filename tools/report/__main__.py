@@ -22,11 +22,11 @@ class Hyperparameters:
     output_dir: str = ""  # report.html and its pictures; empty: the folder `report` in checkpoint_dir
     data_dir: str = ""  # where the data files are; empty: where they were when the tasks were learned
     device: str = "auto"  # auto, cpu or cuda
-    overwrite: bool = False  # replace a report.html, learning_curves.png or ownership.png that no report wrote
+    overwrite: bool = False  # replace files of these names even if they belong to no earlier report
 
 
 def is_report(path: str) -> bool:
-    """Whether a report stands at `path`, which a new one may replace, and its pictures with it."""
+    """Whether `path` is an earlier report; then it and its pictures may be replaced."""
     if not os.path.isfile(path):
         return False
     with open(path, "rb") as file:
@@ -43,7 +43,7 @@ def main(hp: Hyperparameters) -> None:
     histories = history.histories(hp.checkpoint_dir)
     whole = chain.read(hp.checkpoint_dir, hp.data_dir, pick_device(hp.device))
     written = {
-        "report.html": page.page(whole, histories).encode(),  # first, as the pictures beside it are known by it
+        "report.html": page.page(whole, histories).encode(),  # first: it marks the pictures as a report's own
         "learning_curves.png": pictures.learning_curves(histories),
         "ownership.png": pictures.ownership_png(whole.layers),
     }

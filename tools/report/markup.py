@@ -4,7 +4,7 @@ import base64
 import html
 from collections.abc import Iterable
 
-GENERATOR = '<meta name="generator" content="python -m tools.report">'  # by which a page is known as the report's own
+GENERATOR = '<meta name="generator" content="python -m tools.report">'  # marks a page as written by this tool
 
 
 class Html(str):

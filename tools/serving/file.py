@@ -1,14 +1,14 @@
-"""Serving files: one task of a model, with the weights that it may read and nothing else.
+"""The serving file: one task of a model, with the weights that it reads and nothing else.
 
-    format         number of this layout
-    task, metric   which task it serves, and how that was scored
+    format         version of this layout
+    task, metric   the task, and how it is scored
     architecture   the arguments of NextItNet
-    length         items in a row of the task's data; shorter rows are padded on the left, longer ones lose their oldest
-    weights        embedding, positions, layer norms and the task's head
-    conv           of each conv layer its shape, one bit a weight for whether the task may read it, and those weights
+    length         items in a row: shorter rows are padded on the left, longer ones lose their oldest items
+    weights        embedding, position embedding, layer norms and the task's head
+    conv           of each conv layer: its shape, the mask of the weights that the task reads (one bit each), and those
     items, targets the vocabularies, each as one uint8 tensor
 
-Written and checked as checkpoints are. Weights may be kept in 16 bits; they are always computed with in float32.
+Written whole and sealed with a digest, as checkpoints are. Weights may be stored in 16 bits; computation is in float32.
 """
 
 import os
@@ -32,7 +32,7 @@ def path_of(folder: str, task: int) -> str:
 
 
 def extract(content: dict[str, Any], task: int, dtype: torch.dtype) -> dict[str, Any]:
-    """What a checkpoint's content has for `task`; the same however many tasks it has learned since."""
+    """The serving file's content, from a checkpoint's; tasks that were learned later do not change it."""
     record, state = content["tasks"][task], dict(content["model"])
     stage, conv = checkpoint.stage_of_state(task, record["state"]), {}
     for name in [name.removesuffix(".owner") for name in state if name.endswith(".owner")]:
@@ -55,13 +55,13 @@ def extract(content: dict[str, Any], task: int, dtype: torch.dtype) -> dict[str,
 
 
 def content_of(path: str) -> dict[str, Any] | None:
-    """None unless `path` is a serving file, of any task and format, and undamaged."""
+    """None if `path` is damaged or no serving file; its task and format may be any."""
     content, _ = load_sealed(path)
     return content if content and "conv" in content else None
 
 
 def is_of_task(path: str, task: int) -> bool:
-    """Whether `path` is a serving file of `task`, which a new export may replace."""
+    """Whether `path` is an undamaged serving file of `task`."""
     return os.path.isfile(path) and (content_of(path) or {}).get("task") == task
 
 
@@ -71,7 +71,7 @@ def load(path: str, task: int) -> dict[str, Any]:
     if not os.path.exists(path):
         raise InputError(f"{path} does not exist: run `{export} --output {path}` first, which writes it")
     content = content_of(path)
-    if content is None:  # which names no --output, as this may be a checkpoint
+    if content is None:  # it may be a checkpoint, so the message must not propose to write there
         raise InputError(f"{path} is damaged, or no serving file: name one with --serving; `{export}` writes one")
     if content["task"] != task:
         raise InputError(f"{path} serves task {content['task']}: give --task {content['task']}, or another --serving")
@@ -82,7 +82,7 @@ def load(path: str, task: int) -> dict[str, Any]:
 
 
 def build_model(content: dict[str, Any]) -> NextItNet:
-    """The model with the task's head alone; what the task may not read is free and zero."""
+    """The model with the head of this task alone; weights that the task does not read are free and zero."""
     task, state = content["task"], {name: value.float() for name, value in content["weights"].items()}
     for name, layer in content["conv"].items():
         size = int(np.prod(layer["shape"]))
@@ -91,7 +91,7 @@ def build_model(content: dict[str, Any]) -> NextItNet:
         weight[readable] = layer["weights"].float()
         state[f"{name}.weight"] = weight.view(layer["shape"])
         state[f"{name}.owner"] = (readable * task).to(torch.uint8).view(layer["shape"])
-    with torch.device("meta"):  # as initial values would be drawn for nothing
+    with torch.device("meta"):  # draws no initial values
         model = NextItNet(**content["architecture"])
         if task > 1:
             del model.heads["1"]

@@ -1,4 +1,4 @@
-"""A served task as a torch.export program, which runs without this suite's code."""
+"""One task as a torch.export program, which runs without this repository."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from pruning import Stage
 
 
 class Program(nn.Module):
-    """Ids in; user representations and scores out."""
+    """The model's own forward pass for one task, with the scores of its head."""
 
     def __init__(self, model: NextItNet, task: int):
         super().__init__()
@@ -26,6 +26,6 @@ class Program(nn.Module):
 
 @torch.no_grad()
 def program_of(model: NextItNet, task: int, length: int) -> torch.export.ExportedProgram:
-    """The program takes any number of rows at a time."""
+    """Takes ids (rows, length) of any number of rows."""
     example = torch.zeros(2, length, dtype=torch.int64)
     return torch.export.export(Program(model, task), (example,), dynamic_shapes=({0: torch.export.Dim("rows")},))

@@ -1,4 +1,4 @@
-"""A task from its serving file: rows of tokens in, user representations and the best targets out."""
+"""Serves a task from its file: reads rows of tokens, returns user representations and the best targets."""
 
 import hashlib
 import itertools
@@ -23,20 +23,20 @@ from tools.serving.file import build_model, load, path_of
 
 @dataclass
 class Source:
-    """What the tools that read a serving file ask for."""
+    """Settings that tools.represent and tools.recommend share."""
 
     task: int = 1  # the task that is served
-    serving: str = ""  # the file that tools.export wrote; empty: checkpoints/serving_tK.pt, K being the task
-    data_path: str = "Data/Session/original_desen_pretrain.csv"  # a user a line; what follows `,,` is not read
-    ids: str = ""  # a file with the user of each row, one a line; empty: their numbers, from 1
+    serving: str = ""  # the file that tools.export wrote; empty: checkpoints/serving_tK.pt for task K
+    data_path: str = "Data/Session/original_desen_pretrain.csv"  # one user a line; targets after `,,` are ignored
+    ids: str = ""  # a file that names the user of each row, one a line; empty: row numbers from 1
     device: str = "auto"  # auto, cpu or cuda
-    overwrite: bool = False  # replace an output that exists
+    overwrite: bool = False  # replace an existing output
 
     def serving_path(self) -> str:
         return self.serving or path_of("checkpoints", self.task)
 
     def check_output(self, path: str) -> None:
-        """InputError if writing there would destroy what is read, or replace what is to stay."""
+        """InputError if `path` is one of the inputs, or exists and is not to be replaced."""
         read = (self.data_path, self.ids, self.serving_path())
         if os.path.realpath(path) in [os.path.realpath(each) for each in read]:
             raise InputError(f"--output {path} is a file that is read: give another name")
@@ -44,7 +44,7 @@ class Source:
 
 
 class Served:
-    """A task ready to serve."""
+    """A loaded task. It counts what it reads: rows, unknown tokens, rows cut to length."""
 
     def __init__(self, source: Source, device: torch.device):
         """Raises as `load`."""
