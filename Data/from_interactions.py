@@ -289,7 +289,8 @@ def main(hp: Hyperparameters) -> None:
     check_tasks(hp, tasks)
     names = ["pretrain", *(task.name for task in tasks)]
     paths = [path for name in names for path in (file_of(name), users_of(name))]
-    refuse_what_is_there(hp.output_dir, paths, hp.overwrite)
+    read = [hp.interactions, hp.users, *(task.source for task in tasks)]
+    refuse_what_is_there(hp.output_dir, paths, hp.overwrite, read)
 
     conditions = [task.condition for task in tasks if task.source == "later"]
     table = read_interactions(hp, hp.interactions, [hp.where, *conditions])

@@ -17,9 +17,11 @@ def file_of(name: str) -> str:
     return f"original_desen_{LONG_NAMES.get(name, name)}.csv"
 
 
-def refuse_what_is_there(folder: str, files: Iterable[str], overwrite: bool) -> None:
-    """InputError if one of the files is there and is to stay, or if there are task files besides them."""
-    paths = [Path(folder) / file for file in files]
+def refuse_what_is_there(folder: str, files: Iterable[str], overwrite: bool, read: Iterable[str] = ()) -> None:
+    """InputError if a file is one of those `read`, or exists and is to stay, or if the folder has other task files."""
+    paths, inputs = [Path(folder) / file for file in files], [Path(path).resolve() for path in read]
+    if taken := [path for path in paths if path.resolve() in inputs]:
+        raise InputError(f"{taken[0]} is a table that is read: give another --output_dir")
     there = [path for path in paths if path.exists()]
     if there and not overwrite:
         raise InputError(f"{there[0]} is there already: give --overwrite to replace it, or another --output_dir")

@@ -220,6 +220,16 @@ def test_what_is_known_of_users(make):
     assert "1 users have more than one gender" in printed
 
 
+def test_no_table_that_is_read_is_written_over(tmp_path, run_here):
+    (tmp_path / "rows.csv").write_text(table(days()))
+    users = tmp_path / "users.csv"
+    users.write_text("user_id,age\na,1\nb,2\n")
+    flags = ["--interactions", str(tmp_path / "rows.csv"), "--users", str(users), "--task", "age=users.age"]
+    code, _, error = run_here(SCRIPT, *flags, "--output_dir", str(tmp_path), "--overwrite")
+    assert code == 2 and "users.csv is a table that is read: give another --output_dir" in error
+    assert users.read_text().startswith("user_id,age")
+
+
 def test_what_is_left_out_is_counted(make):
     rows = [*days("ab"), ("", "x", 1), ("a", "", 2), ("a", "z", ""), ("b", r"\N", 3), ("A", "few", 1)]
     printed, files = make({"rows.csv": table(rows)}, "--history", "1", "--length", "3")

@@ -1,30 +1,29 @@
-"""Does one model for all tasks pay? The paper's comparisons (section 4): python -m tools.baselines
+"""Compare Conure with one model per task, fine-tuning, joint training and adapters (section 4 of the paper).
 
   Conure           the eight scripts
-  no_retraining    Conure, each task pruned and left as it then is, after half the epochs
+  no_retraining    Conure without retraining: half the epochs, scored after pruning
   no_task_2        Conure, task 3 learned right after task 1
-  SinMo            a model of its own for every task, from nothing
-  SinMoAll         one model trained task after task, with nothing protected: it forgets
-  FineAll          every task fine-tunes all of a copy of task 1's SinMo
-  FineHead         every task trains a head on task 1's SinMo, and nothing else
-  MTL              a model for every task, trained on it and on task 1 at once, and as long as either of them takes
-  PeterRec         task 1's SinMo frozen, small adapters and a head trained for every task
-  popular          no model: the most popular targets or the majority class of the training part
+  SinMo            one model per task, from scratch
+  SinMoAll         one model trained task after task, nothing protected: it forgets
+  FineAll          every task fine-tunes a whole copy of task 1's SinMo
+  FineHead         every task trains a head on the frozen SinMo of task 1
+  MTL              one model per task, trained jointly with task 1 for as long as the longer of the two takes
+  PeterRec         SinMo of task 1 frozen; every task trains small adapters and a head
+  popular          no model: the most popular targets, or the majority class, of the training part
 
-A task that Conure trains and retrains is trained for as many epochs by the others, and a step learns as in the task's
-script. FineAll, FineHead, MTL and PeterRec answer for task 1 with SinMo's model.
+The others train a task for as many epochs as Conure trains and retrains it, with the learning rate, batch size and loss
+of the task's script. FineAll, FineHead, MTL and PeterRec serve task 1 with SinMo's model.
 
 READS  the task files in data_dir
-WRITES to output_dir a folder per seed and method, from which a killed run goes on, then baselines.csv (a row per
-method, task and seed) and baselines.md (mean and standard deviation over the seeds).
+WRITES to output_dir: a folder per seed and method, from which an interrupted run resumes; baselines.csv, a row per
+       method, task and seed; baselines.md, mean and standard deviation over the seeds
 """
 
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from conure import checkpoint, launch, metrics, training
@@ -41,6 +40,7 @@ from tools.comparisons import tables
 from tools.comparisons.networks import Adapted, HeadOnly, Joint, JointLoss, Unprotected
 
 TASKS = (1, 2, 3, 4)
+LATER = TASKS[1:]
 
 
 @dataclass
@@ -66,58 +66,37 @@ class Step:
         return Stage(self.number or self.task, self.mode)
 
 
-def conure(tasks: Iterable[int] = TASKS) -> list[Step]:
-    steps = []
-    for task in tasks:
-        steps.append(Step("Conure", task, "tp", steps[-1] if steps else None))
-        steps.append(Step("Conure", task, "ret", steps[-1]))
-    return steps
-
-
-def no_retraining() -> list[Step]:
-    steps = conure([1])[:1]
-    for task in TASKS[1:]:
-        steps.append(Step("no_retraining", task, "tp", steps[-1]))
-    return steps
-
-
-def no_task_2() -> list[Step]:
-    steps = conure([1])
-    for mode in ("tp", "ret"):
-        steps.append(Step("no_task_2", 3, mode, steps[-1], number=2))
-    return steps
-
-
-def sinmo(tasks: Iterable[int] = TASKS) -> list[Step]:
-    return [Step("SinMo", task, network=Unprotected) for task in tasks]
-
-
-def one_after_the_other() -> list[Step]:
-    steps = sinmo([1])
-    for task in TASKS[1:]:
-        steps.append(Step("SinMoAll", task, "tp", steps[-1], Unprotected))
+def chain(
+    method: str,
+    stages: Iterable[tuple[int, str]],
+    before: Iterable[Step] = (),
+    network: type[NextItNet] = NextItNet,
+    number: int = 0,
+) -> list[Step]:
+    """The steps `before`, then one for each (task, mode), each from the checkpoint of the step before it."""
+    steps = [*before]
+    for task, mode in stages:
+        steps.append(Step(method, task, mode, steps[-1] if steps else None, network, number))
     return steps
 
 
 def from_task_1(method: str, network: type[NextItNet]) -> list[Step]:
-    (first,) = sinmo([1])
-    return [first, *(Step(method, task, "tp", first, network) for task in TASKS[1:])]
+    """Each later task from the SinMo of task 1."""
+    return [SINMO[0], *(Step(method, task, "tp", SINMO[0], network) for task in LATER)]
 
 
-def joint() -> list[Step]:
-    return sinmo([1]) + [Step("MTL", task, network=Joint) for task in TASKS[1:]]
-
-
-METHODS: dict[str, Callable[[], list[Step]]] = {
-    "Conure": conure,
-    "no_retraining": no_retraining,
-    "no_task_2": no_task_2,
-    "SinMo": sinmo,
-    "SinMoAll": one_after_the_other,
-    "FineAll": partial(from_task_1, "FineAll", Unprotected),
-    "FineHead": partial(from_task_1, "FineHead", HeadOnly),
-    "MTL": joint,
-    "PeterRec": partial(from_task_1, "PeterRec", Adapted),
+CONURE = chain("Conure", [(task, mode) for task in TASKS for mode in ("tp", "ret")])
+SINMO = [Step("SinMo", task, network=Unprotected) for task in TASKS]
+METHODS = {
+    "Conure": CONURE,
+    "no_retraining": chain("no_retraining", [(task, "tp") for task in LATER], CONURE[:1]),
+    "no_task_2": chain("no_task_2", [(3, "tp"), (3, "ret")], CONURE[:2], number=2),
+    "SinMo": SINMO,
+    "SinMoAll": chain("SinMoAll", [(task, "tp") for task in LATER], SINMO[:1], Unprotected),
+    "FineAll": from_task_1("FineAll", Unprotected),
+    "FineHead": from_task_1("FineHead", HeadOnly),
+    "MTL": [SINMO[0], *(Step("MTL", task, network=Joint) for task in LATER)],
+    "PeterRec": from_task_1("PeterRec", Adapted),
 }
 # Those whose last model serves all tasks; the others keep what each task trained.
 CHAINS = ("Conure", "no_retraining", "no_task_2", "SinMoAll")
@@ -165,7 +144,7 @@ class Comparison(study.Study):
 
     def rows(self, method: str) -> Iterator[dict[str, Any]]:
         """A row for every task that the method has learned: scores on test, parameters, bytes, seconds."""
-        steps = METHODS[method]()
+        steps = METHODS[method]
         contents = [self.content(step) for step in steps]
         if method in CHAINS:
             scores = self.evaluate(contents[-1])
@@ -190,7 +169,7 @@ class Comparison(study.Study):
 
     def forgetting(self, method: str) -> Iterator[dict[str, Any]]:
         """The test scores of tasks 1..k after task k, where one model has learned them all."""
-        last = {step.task: step for step in METHODS[method]()}  # of each task
+        last = {step.task: step for step in METHODS[method]}  # of each task
         for after, step in last.items():
             for task, scores in self.evaluate(self.content(step)).items():
                 yield {"method": method, "task": task, "after": after, "score": next(iter(scores.values()))}
@@ -238,7 +217,7 @@ def compare(hp: Hyperparameters, seed: int) -> tuple[list[dict[str, Any]], list[
         if method == "popular":
             scores += runs.popular()
             continue
-        for step in METHODS[method]():
+        for step in METHODS[method]:
             runs.run(step)
         scores += runs.rows(method)
         if method in ("Conure", "SinMoAll"):

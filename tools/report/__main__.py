@@ -1,4 +1,4 @@
-"""A chain on one page: learning curves, every task after every stage, who owns which weights, what is left, settings.
+"""Report a chain on one page: learning curves, scores after every stage, weights by owner, capacity left, settings.
 
 READS  results.csv and all checkpoints in checkpoint_dir; a task's data file only if what the task reads has changed
 WRITES report.html, which needs no other file, learning_curves.png and ownership.png to output_dir
