@@ -105,7 +105,7 @@ class Convolve(torch.autograd.Function):
             rows = x[read].reshape(-1, x.shape[2])
             if out is None:
                 out = rows @ tap
-            elif len(rows):
+            elif rows.shape[0]:
                 out[first * batch :].addmm_(rows, tap)
         return out.view(connection.outputs, batch, weight.shape[2]).to(ctx.dtypes[0])
 

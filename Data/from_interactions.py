@@ -15,7 +15,7 @@ NEXT   python conure_tp_t1.py
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,7 +89,7 @@ class TaskFile:
 
     name: str
     users: np.ndarray  # (lines,) places in `Histories.users`
-    targets: list[str]  # (lines,) texts behind the sequence; none for task 1
+    targets: list[str]  # (lines,) what stands behind the sequence; nothing in task 1
     rows: int  # items in the sequences, or targets
     distinct: int  # of these
 
@@ -162,12 +162,12 @@ def histories_of(hp: Hyperparameters, table: tables.Table) -> Histories:
     later = (before >= kept) & (kept > 0)
     sequence = Rows(line_of[lines[in_sequence]], places[in_sequence])
     lengths = np.bincount(sequence.lines)
-    padding = [f"{PADDING}," * (hp.length - length) for length in lengths.tolist()]
     items = table.tokens[hp.item]
+    texts = zip(lengths.tolist(), joined(items, sequence))
     return Histories(
         users=ids[chosen],
         lengths=lengths,
-        sequences=list(map(str.__add__, padding, joined(items, sequence))),
+        sequences=[f"{PADDING}," * (hp.length - length) + text for length, text in texts],
         ends=[values[last] for values in table.order],
         items=len(np.unique(items.codes[sequence.places])),
         later=Rows(line_of[lines[later]], places[later]),
@@ -251,21 +251,18 @@ def file_of_task(hp: Hyperparameters, task: Task, table: tables.Table, histories
     first = np.searchsorted(rows.lines, rows.lines)  # where the user's rows begin
     line = rows.lines * len(rows.lines) + (np.arange(len(rows.lines)) - first) // room
     users = rows.lines[np.flatnonzero(np.diff(line, prepend=-1))]
-    return TaskFile(task.name, users, joined(tokens, Rows(line, rows.places)), len(line), distinct)
+    targets = [f",,{texts}" for texts in joined(tokens, Rows(line, rows.places))]
+    return TaskFile(task.name, users, targets, len(line), distinct)
 
 
-def written(files: list[TaskFile], histories: Histories) -> dict[str, Iterator[str]]:
+def written(files: list[TaskFile], histories: Histories) -> dict[str, Iterable[str]]:
     """The lines of each file, by its name; they are put together when they are written."""
-
-    def lines(file: TaskFile) -> Iterator[str]:
-        return (f"{histories.sequences[user]},,{targets}" for user, targets in zip(file.users, file.targets))
-
-    def users(file: TaskFile) -> Iterator[str]:
-        return iter(histories.users[file.users])
-
-    first, *others = files
-    contents = {file_of(first.name): iter(histories.sequences)} | {file_of(file.name): lines(file) for file in others}
-    return contents | {users_of(file.name): users(file) for file in files}
+    contents: dict[str, Iterable[str]] = {}
+    for file in files:
+        lines = zip(file.users, file.targets)
+        contents[file_of(file.name)] = (histories.sequences[user] + targets for user, targets in lines)
+        contents[users_of(file.name)] = histories.users[file.users]
+    return contents
 
 
 def users_of(name: str) -> str:
@@ -274,13 +271,13 @@ def users_of(name: str) -> str:
 
 def print_files(files: list[TaskFile], lengths: np.ndarray) -> None:
     """`lengths` (U,): items in the sequence of each user."""
-    names = [file_of(file.name).removeprefix("original_desen_") for file in files]
-    width = max(16, *map(len, names))
-    print(f"\n   original_desen_…{'':{width - 16}}      users       rows  distinct  median  longest")
-    for task, (name, file) in enumerate(zip(names, files), 1):
-        items = lengths[np.unique(file.users)]
-        print(f"{task:2} {name:{width}} {len(items):10,} {file.rows:10,} {file.distinct:9,}"
-              f" {np.median(items):7g} {items.max():8}")  # fmt: skip
+    rows = []
+    for file in files:
+        name, items = file_of(file.name).removeprefix("original_desen_"), lengths[np.unique(file.users)]
+        rows.append([name, len(items), file.rows, file.distinct, np.median(items), items.max()])
+    columns = ["original_desen_…", "users", "rows", "distinct", "median", "longest"]
+    table = pd.DataFrame(rows, range(1, len(rows) + 1), columns)
+    print(f"\n{table.to_string(formatters=dict.fromkeys(columns[1:], '{:,.12g}'.format))}")
     print("rows: items of the sequences, or targets; median, longest: items in a sequence\n")
 
 
@@ -292,14 +289,17 @@ def main(hp: Hyperparameters) -> None:
     tasks = [task_of(text) for text in hp.task]
     check_tasks(hp, tasks)
     names = ["pretrain", *(task.name for task in tasks)]
-    refuse_what_is_there(hp.output_dir, [*map(file_of, names), *map(users_of, names)], hp.overwrite)
+    paths = [path for name in names for path in (file_of(name), users_of(name))]
+    read = [hp.interactions, hp.users, *(task.source for task in tasks)]
+    refuse_what_is_there(hp.output_dir, paths, hp.overwrite, read)
 
     conditions = [task.condition for task in tasks if task.source == "later"]
     table = read_interactions(hp, hp.interactions, [hp.where, *conditions])
     histories = histories_of(hp, table)
-    files = [TaskFile("pretrain", np.arange(len(histories.users)), [], int(histories.lengths.sum()), histories.items)]
+    count, rows = len(histories.users), int(histories.lengths.sum())
+    files = [TaskFile("pretrain", np.arange(count), [""] * count, rows, histories.items)]
     files += [file_of_task(hp, task, table, histories) for task in tasks]
-    write_files(hp.output_dir, written(files, histories), hp.overwrite)
+    write_files(hp.output_dir, written(files, histories))
     print_files(files, histories.lengths)
     print_next_steps(hp.output_dir, names, {task.name for task in tasks if task.source.startswith("users.")})
 

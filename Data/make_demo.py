@@ -19,7 +19,7 @@ from conure.settings import Count, Length, Seed
 
 import numpy as np
 
-from Data.task_files import SCRIPTS, file_of, print_next_steps, write_files
+from Data.task_files import SCRIPTS, file_of, print_next_steps, refuse_what_is_there, write_files
 
 
 @dataclass
@@ -69,6 +69,7 @@ def targets(random: np.random.Generator, tastes: np.ndarray, kind: str, most: in
 
 def main(hp: Hyperparameters) -> None:
     files = {name: [] for name in (*SCRIPTS, "age")}
+    refuse_what_is_there(hp.output_dir, [file_of(name) for name in files], hp.overwrite)
     random = np.random.default_rng(hp.seed)
     (random_age,) = random.spawn(1)
     for _ in range(hp.users):
@@ -83,7 +84,7 @@ def main(hp: Hyperparameters) -> None:
         files["gender"].append(f"{line},,{1 if (tastes[0] < TASTES // 2) == faithful else 2}")
         decade = tastes[0] if random_age.random() < FAITHFUL else random_age.integers(TASTES)
         files["age"].append(f"{line},,{10 + 10 * decade}")
-    write_files(hp.output_dir, {file_of(name): lines for name, lines in files.items()}, hp.overwrite)
+    write_files(hp.output_dir, {file_of(name): lines for name, lines in files.items()})
     for name, lines in files.items():
         print(f"wrote {Path(hp.output_dir) / file_of(name)}: {len(lines):,} lines")
     print_next_steps(hp.output_dir, list(files), {"gender", "age"})

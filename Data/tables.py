@@ -1,18 +1,20 @@
 """Tables as people have them: CSV, TSV, RecBole's atomic files, MovieLens' `::` files, `|` between columns, all of them
 also as .gz, and parquet.
 
-Three kinds of columns are read: tokens, which are ids and classes, keep their text (`0042` stays `0042`); what rows are
-ordered by becomes numbers or dates; conditions see numbers where all values of a column are numbers, otherwise text.
+Ids and classes are tokens and keep their text: `0042` stays `0042`. Order columns and conditions take a column as
+numbers if all its values are numbers, as times if all are ISO dates, otherwise as text, which cannot order rows.
 """
 
+import ast
 import codecs
 import csv
 import gzip
+import io
+import itertools
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from tokenize import TokenError
 from typing import BinaryIO
 
 from conure.errors import InputError
@@ -28,9 +30,11 @@ NO_VALUE = [*NO_TOKEN, "NA", "NaN", "nan", "NULL", "null", "None"]  # among numb
 SURPLUS = "a value more than the first line has"  # the column for it
 UNFIT = re.compile(r"[,\x00-\x1f]|^<UNK>$")  # tokens that the task files cannot hold
 UNFIT_USER = re.compile(r"[\x00-\x1f]")  # users, who stand in files of their own, one a line
+PARQUET = (".parquet", ".pq")
+WORDS = {"&": " and ", "|": " or "}  # pandas gives both pairs the precedence of the words
 
-# What pandas raises at a condition that is none.
-REFUSALS = (NameError, SyntaxError, TypeError, ValueError, KeyError, AttributeError, NotImplementedError, TokenError)
+# What evaluating a wrong condition raises.
+REFUSALS = (NameError, TypeError, ValueError, KeyError, AttributeError, NotImplementedError)
 
 
 @dataclass
@@ -65,7 +69,7 @@ def read(
     users'; `hint`: what to do if a column is not there."""
     names = [name.strip() for name in header.split(",")] if header else None
     try:
-        form = parquet_names if path.endswith((".parquet", ".pq")) else text_names
+        form = parquet_names if path.endswith(PARQUET) else text_names
         found = form(path, names)
         for name in (*tokens, *order):
             if found.count(name) != 1:
@@ -82,14 +86,17 @@ def read(
     except (ValueError, OSError, EOFError, csv.Error, zlib.error) as error:
         raise InputError(f"{path} cannot be read as a table: {' '.join(str(error).split())[:120]}") from None
     for name in tokens:
-        frame[name] = writable(as_tokens(frame[name]), path, name, UNFIT_USER if name == tokens[0] else UNFIT)
-    places = [in_order(frame[name], path, name) for name in order]
-    complete = np.logical_and.reduce([frame[name].notna() for name in tokens] + [place.notna() for place in places])
+        unfit = UNFIT_USER if name == tokens[0] else UNFIT
+        frame[name] = writable(as_tokens(frame[name]), path, header, name, unfit)
+    values = {name: comparable(frame[name]) for name in dict.fromkeys((*order, *others))}
+    for name in order:
+        refuse_text(values[name], path, header, name)
+    complete = np.logical_and.reduce([frame[name].notna() for name in (*tokens, *order)])
     return Table(
         path=path,
         tokens={name: frame[name].array[complete] for name in tokens},
-        order=[place.to_numpy()[complete] for place in places],
-        meets={condition: meets(frame, condition, path, found)[complete] for condition in conditions},
+        order=[values[name].to_numpy()[complete] for name in order],
+        meets={condition: meets(values, condition, path, found, len(frame))[complete] for condition in conditions},
         left_out=len(frame) - int(complete.sum()),
     )
 
@@ -144,7 +151,7 @@ def read_text(
             header=0,
             names=[columns[place] for place in sorted(columns)],
             usecols=sorted(columns),
-            dtype={name: "category" for name in (*tokens, *empty)},
+            dtype=dict.fromkeys((*tokens, *empty), "category"),
             keep_default_na=False,
             na_values={name: NO_TOKEN if name in tokens else NO_VALUE for name in columns.values()},
             low_memory=False,  # in parts, categories are merged slowly, and a column may be part numbers, part text
@@ -152,7 +159,7 @@ def read_text(
     surplus = frame[empty].notna().any(axis=1).to_numpy()
     if surplus.any():
         raise InputError(
-            f"{path}, row {surplus.argmax() + 1}: more than {len(found)} values: put text that holds a "
+            f"{place_of(path, header, surplus.argmax())}: more than {len(found)} values: put text that holds a "
             f"{separator[0]!r} in double quotes"
         )
     return frame[wanted]
@@ -188,49 +195,105 @@ def as_tokens(column: pd.Series) -> pd.Categorical:
     return pd.Categorical.from_codes(np.append(merged, -1)[codes], distinct)
 
 
-def writable(column: pd.Categorical, path: str, name: str, unfit_text: re.Pattern) -> pd.Categorical:
+def writable(column: pd.Categorical, path: str, header: str, name: str, unfit_text: re.Pattern) -> pd.Categorical:
     """The column itself; InputError names the first row whose token a task file cannot hold."""
     texts = column.categories
     unfit = np.array([bool(unfit_text.search(text)) or len(text.encode()) > MAX_TOKEN_BYTES for text in texts], bool)
     if unfit.any():
         row = int(np.append(unfit, False)[column.codes].argmax())
         raise InputError(
-            f"{path}, row {row + 1}: {name} {column[row][:60]!r} cannot stand in a task file: a token has no comma, "
-            f"no tab and no line end, at most {MAX_TOKEN_BYTES} bytes, and is not <UNK>"
+            f"{place_of(path, header, row)}: {name} {column[row][:60]!r} cannot stand in a task file: a token has no "
+            f"comma, no tab and no line end, at most {MAX_TOKEN_BYTES} bytes, and is not <UNK>"
         )
     return column
 
 
-def in_order(column: pd.Series, path: str, name: str) -> pd.Series:
-    """What rows are ordered by: numbers as they are, ISO dates as datetime64[ns], in UTC where they name their zone."""
+def comparable(column: pd.Series) -> pd.Series:
+    """Numbers if all values are numbers, naive datetime64[ns] if all are ISO dates, otherwise the column unchanged."""
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        values = comparable(pd.Series(column.cat.categories, dtype=object))
+        return values.reindex(column.cat.codes).set_axis(column.index)  # NaN for code -1
     if pd.api.types.is_numeric_dtype(column):
         return column
-    dates = pd.to_datetime(column, format="ISO8601", errors="coerce", utc=True).dt.tz_localize(None)
-    if dates.count() == column.count():
-        return dates
-    numbers = pd.to_numeric(column.astype(object), errors="coerce")
-    best = max(numbers, dates, key=pd.Series.count)
-    wrong = (best.isna() & column.notna()).to_numpy()
-    if wrong.any():
-        row = int(wrong.argmax())
-        raise InputError(
-            f"{path}, row {row + 1}: {name} {str(column.iloc[row])[:60]!r} is neither a number nor an ISO date "
-            f"(2020-12-31 23:59:59), so nothing can be ordered by it"
-        )
-    return best
+    try:
+        parsed = as_times(column) if pd.api.types.is_datetime64_any_dtype(column) else pd.to_numeric(column)
+    except (ValueError, TypeError):  # raised at the first value that is no number
+        parsed = as_times(column)
+    return parsed if parsed.count() == column.count() else column
+
+
+def as_numbers(column: pd.Series) -> pd.Series:
+    return pd.to_numeric(column, errors="coerce")
+
+
+def as_times(column: pd.Series) -> pd.Series:
+    """Naive datetime64[ns], NaT for what is no ISO date; times with a zone are converted to UTC."""
+    return pd.to_datetime(column, format="ISO8601", errors="coerce", utc=True).dt.tz_localize(None)
+
+
+def kind_of(values: pd.Series) -> str:
+    if pd.api.types.is_numeric_dtype(values):
+        return "numbers"
+    return "dates" if pd.api.types.is_datetime64_dtype(values) else "text"
+
+
+def refuse_text(values: pd.Series, path: str, header: str, name: str) -> None:
+    """InputError if an order column is text; it names the first value that is no number or no date, and counts them."""
+    if kind_of(values) != "text":
+        return
+    best = max(as_numbers(values), as_times(values), key=pd.Series.count)
+    wrong = np.flatnonzero(best.isna() & values.notna())
+    value, others = str(values.iloc[wrong[0]])[:60], f" (nor are {len(wrong) - 1:,} others)" if len(wrong) > 1 else ""
+    raise InputError(
+        f"{place_of(path, header, wrong[0])}: {name} {value!r} is neither a number nor an ISO date "
+        f"(2020-12-31 23:59:59){others}, so nothing can be ordered by it"
+    )
+
+
+def place_of(path: str, header: str, row: int) -> str:
+    """`path, line 7` for a row of the table, counted from 0; in parquet, which has no lines, `path, row 7`."""
+    if path.endswith(PARQUET):
+        return f"{path}, row {row + 1}"
+    with open_bytes(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        separator = separator_of(text.readline().rstrip("\r\n"), path)
+        text.seek(0)
+        lines, last = csv.reader(text, delimiter=separator[0]), 0
+        left = row + (not header)  # records to pass, the header line included
+        for fields in lines:
+            if len(fields) > 1 or "".join(fields).strip():  # pandas skips blank lines
+                if left == 0:
+                    break
+                left -= 1
+            last = lines.line_num
+    return f"{path}, line {last + 1}"
 
 
 def mentions(condition: str, name: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", condition) is not None
 
 
-def meets(frame: pd.DataFrame, condition: str, path: str, found: Sequence[str]) -> np.ndarray:
+def meets(values: dict[str, pd.Series], condition: str, path: str, found: Sequence[str], rows: int) -> np.ndarray:
     """Which rows (n,) fulfil the condition, a query of pandas; InputError if it is none."""
     if not condition:
-        return np.ones(len(frame), bool)
-    columns = {name: comparable(frame[name]) for name in frame if mentions(condition, name)}
+        return np.ones(rows, bool)
+    text, columns = re.sub(r"""'[^']*'|"[^"]*"|[&|]""", lambda each: WORDS.get(each[0], each[0]), condition), {}
+    for name in values:
+        if mentions(condition, name):
+            plain = re.sub(r"\W", "_", name)  # names that are no identifiers stand in backticks
+            text, columns[plain] = text.replace(f"`{name}`", plain), values[name]
     try:
-        met = pd.DataFrame(columns, index=frame.index).eval(condition, engine="python")
+        tree = ast.parse(text.strip(), mode="eval")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Compare):
+                sides = [node.left, *node.comparators]
+                for left, right in itertools.pairwise(range(len(sides))):
+                    sides[right] = comparable_with(sides[left], sides[right], columns)
+                    sides[left] = comparable_with(sides[right], sides[left], columns)
+                node.left, *node.comparators = sides
+        met = pd.DataFrame(columns).eval(ast.unparse(tree), engine="python")
+    except SyntaxError:
+        met = None
     except REFUSALS as error:
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"condition {condition!r}: {reason} ({path} has {', '.join(found)})") from None
@@ -239,12 +302,29 @@ def meets(frame: pd.DataFrame, condition: str, path: str, found: Sequence[str]) 
     return met.fillna(False).to_numpy(bool)
 
 
-def comparable(column: pd.Series) -> pd.Series | np.ndarray:
-    """Tokens as numbers where all of them are numbers, or else as texts; other columns as they are."""
-    if not isinstance(column.dtype, pd.CategoricalDtype):
-        return column
-    categories = column.cat.categories
+def comparable_with(side: ast.expr, other: ast.expr, columns: dict[str, pd.Series]) -> ast.expr:
+    """`other`, which the column named by `side` is compared with. A date becomes a column of its own, because pandas
+    would also guess at text that is no ISO date. ValueError if the two are of different kinds."""
+    if not isinstance(side, ast.Name) or side.id not in columns:
+        return other
+    values = columns[side.id]
+    kind = kind_of(values)
+    if isinstance(other, ast.Name) and other.id in columns:
+        if kind_of(columns[other.id]) != kind:
+            raise ValueError(f"{side.id} holds {kind}, {other.id} {kind_of(columns[other.id])}")
+        return other
     try:
-        return np.append(pd.to_numeric(categories).to_numpy(float), np.nan)[column.cat.codes]
-    except ValueError:
-        return np.append(categories.to_numpy(object), None)[column.cat.codes]
+        given = ast.literal_eval(other)
+    except ValueError:  # an expression
+        return other
+    if kind == "dates":
+        date = as_times(pd.Series([given]))[0] if isinstance(given, str) and re.match(r"\d{4}", given) else pd.NaT
+        if pd.isna(date):
+            raise ValueError(f"{side.id} holds dates, and {given!r} is none: write one as '2020-12-31 23:59:59'")
+        name = f"date_{len(columns)}"
+        columns[name] = pd.Series(date, values.index)
+        return ast.Name(name)
+    if {isinstance(each, str) for each in (given if isinstance(given, list | tuple) else [given])} != {kind == "text"}:
+        example = "" if kind == "numbers" else f", such as {values[as_numbers(values).isna()].dropna().iloc[0]!r}"
+        raise ValueError(f"{side.id} holds {kind}{example}, which {given!r} cannot be compared with")
+    return other

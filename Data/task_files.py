@@ -17,20 +17,21 @@ def file_of(name: str) -> str:
     return f"original_desen_{LONG_NAMES.get(name, name)}.csv"
 
 
-def refuse_what_is_there(folder: str, files: Iterable[str], overwrite: bool) -> None:
-    """InputError if one of the files is there and is to stay, or if there are task files besides them."""
-    paths = [Path(folder) / file for file in files]
+def refuse_what_is_there(folder: str, files: Iterable[str], overwrite: bool, read: Iterable[str] = ()) -> None:
+    """InputError if a file is one of those `read`, or exists and is to stay, or if the folder has other task files."""
+    paths, inputs = [Path(folder) / file for file in files], [Path(path).resolve() for path in read]
+    if taken := [path for path in paths if path.resolve() in inputs]:
+        raise InputError(f"{taken[0]} is a table that is read: give another --output_dir")
     there = [path for path in paths if path.exists()]
     if there and not overwrite:
         raise InputError(f"{there[0]} is there already: give --overwrite to replace it, or another --output_dir")
     found = {path for pattern in ("original_desen_*.csv", "users*.csv") for path in Path(folder).glob(pattern)}
     if others := sorted(found - set(paths)):
-        raise InputError(f"{others[0]} is of other data: remove it, or give another --output_dir")
+        raise InputError(f"{others[0]} is of other data: move it away, or give another --output_dir")
 
 
-def write_files(folder: str, files: dict[str, Iterable[str]], overwrite: bool) -> None:
-    """Writes each file's lines, one file after the other; InputError as `refuse_what_is_there`."""
-    refuse_what_is_there(folder, files, overwrite)
+def write_files(folder: str, files: dict[str, Iterable[str]]) -> None:
+    """Writes each file's lines, one file after the other."""
     for file_name, lines in files.items():
         with whole_file(str(Path(folder) / file_name)) as file:
             file.writelines(f"{line}\n".encode() for line in lines)

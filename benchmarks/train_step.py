@@ -49,11 +49,12 @@ class FullSequence(NextItNet):
         return self(ids, stage)[:, -1]
 
 
-def make_model(hp: Hyperparameters) -> NextItNet:
-    model = NextItNet(hp.items, hp.channels, hp.dilations, hp.kernel_size)
+def make_model(hp: Hyperparameters, network: type[NextItNet] = NextItNet) -> NextItNet:
+    model = network(hp.items, hp.channels, hp.dilations, hp.kernel_size)
     for learned in range(1, hp.task):
         pruning.prune(model, learned, [0.7] * learned)
         model.add_head(learned + 1, hp.targets)
+    model.dropout.p = hp.dropout
     return model.to(bench.device())
 
 
@@ -107,7 +108,6 @@ def ways_to_step(hp: Hyperparameters, model: NextItNet, time: int) -> dict[str, 
         objective = training.Objective(loss, model, stage, generator, precision)
         return stepper(objective, model.train_only(stage), batch)
 
-    model.dropout.p = hp.dropout
     steps = {"ours": step_of(model)}
     if hp.compare and hp.dropout:
         plain = copy.deepcopy(model)
@@ -117,9 +117,7 @@ def ways_to_step(hp: Hyperparameters, model: NextItNet, time: int) -> dict[str, 
         published = Published(hp.items, hp.channels, hp.dilations, hp.kernel_size).to(bench.device())
         steps["published"] = stepper(published, list(published.parameters()), [x.to(bench.device()) for x in batch])
     elif hp.compare:
-        full = copy.deepcopy(model)
-        full.__class__ = FullSequence
-        steps["full"] = step_of(full)
+        steps["full"] = step_of(make_model(hp, FullSequence))
     if hp.compile:
         model.states = torch.compile(model.states)
     return steps

@@ -1,6 +1,7 @@
 """Tables of interactions → task files: Data/from_interactions.py."""
 
 import gzip
+import os
 import re
 import shlex
 import sys
@@ -12,10 +13,11 @@ import pytest
 from conftest import ROOT
 
 import data_loader
+from Data import tables
 from Data.task_files import file_of, print_next_steps
 
 SCRIPT = "Data.from_interactions"
-MOVIELENS = ROOT.parent / "shared" / "data"
+MOVIELENS = Path(os.environ.get("CONURE_MOVIELENS", "nowhere"))  # tables in ml-1m-half, files in ml-1m-half-conure
 COLUMNS = ["--columns", "user,item,rating,time", "--user", "user", "--item", "item", "--order", "time,item"]
 RATED = ["--task", "click=later where rating >= 4 and rating < 5", "--task", "like=later where rating >= 5"]
 
@@ -67,13 +69,13 @@ def days(users: str = "ab", count: int = 10) -> list[tuple]:
     return [(user, f"{user}{time}", time) for user in users for time in range(count)]
 
 
-@pytest.mark.skipif(not MOVIELENS.exists(), reason="the MovieLens data is not in ../shared/data")
+@pytest.mark.skipif(not MOVIELENS.exists(), reason="CONURE_MOVIELENS names no folder")
 def test_movielens_gives_the_files_of_the_results_byte_for_byte(tmp_path, run_here):
     source = MOVIELENS / "ml-1m-half"
     users = ["--users", str(source / "users.dat"), "--users_columns", "user,gender,age,occupation,zip"]
     tasks = [*RATED, "--task", "gender=users.gender", "--task", "age=users.age"]
     arguments = [SCRIPT, "--interactions", str(source / "ratings.dat.gz"), *COLUMNS, *users, *tasks]
-    code, printed, error = run_here(*arguments, "--output_dir", str(tmp_path))
+    code, _, error = run_here(*arguments, "--output_dir", str(tmp_path))
     assert code == 0, error
     expected = sorted((MOVIELENS / "ml-1m-half-conure").glob("*.csv"))
     assert len(expected) == 5
@@ -140,6 +142,53 @@ def test_dates_are_later_across_tables_whatever_their_form(make):
     assert files["shop"][0].endswith(",0,v,w,x,y,,one,two")
 
 
+DAYS = range(1, 6)
+SALES = table(
+    [("a", day, f"2024-{4 + day}-{day:02}", f"2024-07-0{day}T00:00+02:00", 1 + day % 2) for day in DAYS],
+    "user_id,item_id,bought at,paid,stars",
+)
+
+
+@pytest.mark.parametrize("form", ["{}", "({})", "stars > 0 & {}", "{} & stars > 0", "not (stars == 9 | not {})"])
+def test_conditions_see_times_where_all_values_are_dates(tmp_path, form):
+    kept = {
+        "`bought at` > '2024-6-1'": [2, 3, 4, 5],
+        "`bought at` > '2024-07-03'": [4, 5],
+        "'2024-07' < `bought at` <= '2024-08-04T00:00Z'": [3, 4],
+        "`bought at` == '2024-08-04'": [4],
+        "paid >= '2024-07-02T22:00Z'": [3, 4, 5],
+        "paid <= `bought at`": [3, 4, 5],
+    }
+    (tmp_path / "rows.csv").write_text(SALES)
+    conditions = [form.format(condition) for condition in kept]
+    columns = ("user_id", "item_id"), ["bought at"]
+    meets = tables.read(str(tmp_path / "rows.csv"), "", *columns, conditions, "").meets
+    assert [(np.flatnonzero(meets[condition]) + 1).tolist() for condition in conditions] == list(kept.values())
+
+
+@pytest.mark.parametrize(
+    "condition, complaint",
+    [
+        ("`bought at` > '01.06.2024'", "bought_at holds dates, and '01.06.2024' is none: write one as '2020-12-31"),
+        ("(`bought at`) > 'now'", "bought_at holds dates, and 'now' is none"),
+        ("'June' < paid", "paid holds dates, and 'June' is none"),
+        ("paid > 3", "paid holds dates, and 3 is none"),
+        ("paid in ['2024-01-01']", "paid holds dates, and ['2024-01-01'] is none"),
+    ],
+)
+def test_what_is_no_date_is_compared_with_no_date(refused, condition, complaint):
+    assert complaint in refused({"rows.csv": SALES}, "--order", "bought at", "--where", condition)
+
+
+def test_an_order_that_is_none_is_named_by_the_files_line(refused):
+    rows = ["a,b,2", 'a,"x', 'y",1', "", " ", "a,c,May", "a,d,4", "a,e,June", ""]
+    head = "user_id,name,timestamp"
+    flags = ["--item", "timestamp", "--user", "user_id"]
+    wanted = "line 7: timestamp 'May' is neither a number nor an ISO date (2020-12-31 23:59:59) (nor are 1 others)"
+    assert wanted in refused({"rows.csv": "\n".join([head, *rows])}, *flags)
+    assert wanted.replace("7", "6") in refused({"rows.csv": "\r\n".join(rows)}, *flags, "--columns", head)
+
+
 def test_rows_are_ordered_by_all_columns_named_and_ties_stay_as_they_were(make):
     rows = [("a", item, day, hour) for item, day, hour in zip("54321", "12211", (12, 10, 9, 2, 2))]
     tables = {"rows.csv": table(rows, "user_id,item_id,day,hour")}
@@ -169,6 +218,16 @@ def test_what_is_known_of_users(make):
     printed, files = make({"rows.csv": table(days("abcdefg")), "users.csv": known}, *flags)
     assert files["users_gender"] == ["a", "d", "e"] and [line[-3:] for line in files["gender"]] == [",,1", ",,2", ",,1"]
     assert "1 users have more than one gender" in printed
+
+
+def test_no_table_that_is_read_is_written_over(tmp_path, run_here):
+    (tmp_path / "rows.csv").write_text(table(days()))
+    users = tmp_path / "users.csv"
+    users.write_text("user_id,age\na,1\nb,2\n")
+    flags = ["--interactions", str(tmp_path / "rows.csv"), "--users", str(users), "--task", "age=users.age"]
+    code, _, error = run_here(SCRIPT, *flags, "--output_dir", str(tmp_path), "--overwrite")
+    assert code == 2 and "users.csv is a table that is read: give another --output_dir" in error
+    assert users.read_text().startswith("user_id,age")
 
 
 def test_what_is_left_out_is_counted(make):
@@ -266,12 +325,16 @@ USERS = ROWS | {"users.csv": "user_id,age\na,1\nb,2\n"}
         ({"rows.csv": "user_id\n1\n"}, [], "no tab, comma, |, ; or ::"),
         ({"rows.csv": b"user_id,item_id,timestamp\na,\xe9,1\n"}, [], "is not UTF-8 text"),
         ({"rows.csv": "user_id,item_id,timestamp\n"}, [], "has no row with a user and an item"),
-        ({"rows.csv": "user_id,item_id,timestamp\na,b,1\na,b,c,2\n"}, [], "row 2: more than 3 values"),
-        ({"rows.csv": "user_id::item_id::timestamp\na::b::1\na::b:c::2\n"}, [], "row 2: more than 3 values: put text"),
-        ({"rows.csv": 'user_id,item_id,timestamp\na,b,1\na,"b,c",2\n'}, [], "row 2: item_id 'b,c' cannot stand"),
-        ({"rows.csv": "user_id,item_id,timestamp\na,<UNK>,1\n"}, [], "row 1: item_id '<UNK>' cannot stand"),
+        ({"rows.csv": "user_id,item_id,timestamp\na,b,1\na,b,c,2\n"}, [], "line 3: more than 3 values"),
+        ({"rows.csv": "user_id::item_id::timestamp\na::b::1\na::b:c::2\n"}, [], "line 3: more than 3 values: put text"),
+        ({"rows.csv": 'user_id,item_id,timestamp\na,b,1\na,"b,c",2\n'}, [], "line 3: item_id 'b,c' cannot stand"),
+        ({"rows.csv": "user_id,item_id,timestamp\na,<UNK>,1\n"}, [], "line 2: item_id '<UNK>' cannot stand"),
         ({"rows.csv": "user_id,item_id,timestamp\na,item_0,1\n"}, [], "has an item item_0"),
-        ({"rows.csv": "user_id,item_id,timestamp\na,b,1\na,c,May\n"}, [], "row 2: timestamp 'May' is neither a number"),
+        (
+            {"rows.csv": "user_id,item_id,timestamp\na,b,1\na,c,May\n"},
+            [],
+            "line 3: timestamp 'May' is neither a number",
+        ),
         ({"rows.csv.gz": b"not gzip"}, [], "cannot be read as a table"),
         (ROWS, ["--columns", "user_id,item_id,timestamp"], "begins with a line of names"),
         (ROWS, ["--columns", "u,i"], "has 3 columns in its first line, but the names given are 2"),
@@ -286,6 +349,14 @@ USERS = ROWS | {"users.csv": "user_id,age\na,1\nb,2\n"}
         (ROWS, ["--task", "click=later where timestamp > (3"], "condition 'timestamp > (3'"),
         (ROWS, ["--task", "click=later where timestamp = 3"], "is no comparison of columns"),
         (ROWS, ["--task", "click=later where item_id > 3"], "condition 'item_id > 3'"),
+        (
+            ROWS,
+            ["--task", "click=later where timestamp == '2024-01-01'"],
+            "timestamp holds numbers, which '2024-01-01'",
+        ),
+        (ROWS, ["--task", "click=later where item_id == 3"], "item_id holds text, such as 'a0', which 3 cannot"),
+        (ROWS, ["--task", "click=later where item_id in [3]"], "item_id holds text, such as 'a0', which [3] cannot"),
+        (ROWS, ["--task", "click=later where timestamp == item_id"], "timestamp holds numbers, item_id text"),
         (ROWS, ["--task", "click=rows.csv"], "is --interactions itself: write click=later"),
         (ROWS, ["--task", "click=nowhere.csv"], "nowhere.csv: no such file; or write `later`"),
         (ROWS, ["--task", "age=users.age"], "give --users"),
@@ -352,7 +423,7 @@ def test_a_command_of_the_readme_makes_files_that_the_scripts_can_read(tmp_path,
     for name, content in TABLES.items():
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(content)
-    code, printed, error = run_here(*shlex.split(command)[2:])
+    code, _, error = run_here(*shlex.split(command)[2:])
     assert code == 0, error
     names = re.findall(r"(\w+)=", " ".join(re.findall(r'--task "(\w+=)', command)))
     items = data_loader.load_sequences(f"Data/Session/{file_of('pretrain')}", 0.5).items

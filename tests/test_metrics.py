@@ -36,7 +36,17 @@ def test_ranks_by_blocks_are_those_of_all_scores_at_once(monkeypatch, task):
     inputs, targets = torch.randint(50, (40, 12)), torch.randint(1, 31, (40,))
     vocabulary = data_loader.Vocabulary()
     data = data_loader.TaskData(
-        "", "", inputs.int().numpy(), np.arange(40), targets.int().numpy(), vocabulary, vocabulary, -1, 0, 0, {}
+        path="",
+        digest="",
+        rows=inputs.int().numpy(),
+        users=np.arange(40),
+        targets=targets.int().numpy(),
+        items=vocabulary,
+        target_vocabulary=vocabulary,
+        padding_id=-1,
+        unknown_items=0,
+        unknown_targets=0,
+        splits={},
     )
     monkeypatch.setattr(metrics, "EVALUATION_BATCH", 16)
     monkeypatch.setattr(metrics, "SCORES_AT_ONCE", 200)

@@ -96,7 +96,17 @@ class Recording:
         items, target_vocabulary = map(data_loader.Vocabulary, tokens)
         everything = np.arange(len(targets))
         return data_loader.TaskData(
-            "", "", inputs, everything, targets, items, target_vocabulary, 0, 0, 0, {"train": everything}
+            path="",
+            digest="",
+            rows=inputs,
+            users=everything,
+            targets=targets,
+            items=items,
+            target_vocabulary=target_vocabulary,
+            padding_id=0,
+            unknown_items=0,
+            unknown_targets=0,
+            splits={"train": everything},
         )
 
     def loss(self, task: int, mode: str) -> losses.Loss:

@@ -66,7 +66,7 @@ class Page(HTMLParser):
         return [row[head.index(name)] for row in rows]
 
 
-def made(folder: Path, output: Path, **settings: str) -> Page:
+def made(folder: Path, output: Path, **settings: object) -> Page:
     report.main(report.Hyperparameters(str(folder), str(output), device="cpu", **settings))
     return Page((output / "report.html").read_text(encoding="utf-8"))
 
@@ -118,9 +118,9 @@ def test_the_page_needs_no_other_file(written):
     _, folder, printed = written
     *wrote, last = printed.splitlines()
     assert last == f"next: open {folder / 'report.html'} in a browser"
-    assert wrote == [f"wrote {folder / name}" for name in
-                                    ("learning_curves.png", "ownership.png", "report.html")]  # fmt: skip
-    assert {path.name for path in folder.iterdir()} == {"learning_curves.png", "ownership.png", "report.html"}
+    names = ["report.html", "learning_curves.png", "ownership.png"]
+    assert wrote == [f"wrote {folder / name}" for name in names]
+    assert {path.name for path in folder.iterdir()} == set(names)
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png"))
     text = (folder / "report.html").read_text(encoding="utf-8")
     page = Page(text)
@@ -258,6 +258,21 @@ def begun(chain, tmp_path) -> Path:
     results = pd.read_csv(chain[0] / "checkpoints" / "results.csv", dtype=str)
     results.query("task == '1' and state != 'ret'").to_csv(folder / "results.csv", index=False)
     return folder
+
+
+@draws
+def test_what_no_report_wrote_is_replaced_only_if_asked(begun, tmp_path):
+    folder = tmp_path / "report"
+    folder.mkdir()
+    for name in ("report.html", "learning_curves.png", "ownership.png"):
+        (folder / name).write_text("theirs")
+        with pytest.raises(InputError, match=f"{name} exists: --overwrite replaces it"):
+            made(begun, folder)
+        assert [path.read_text() for path in folder.iterdir()] == ["theirs"]
+        (folder / name).unlink()
+    (folder / "report.html").write_text("theirs")
+    made(begun, folder, overwrite=True)
+    made(begun, folder)  # over its own
 
 
 @draws

@@ -1,5 +1,6 @@
 """Export, represent and recommend: one task, served from a file of its own, is the task as it was learned."""
 
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -17,7 +18,7 @@ from test_scripts import refused
 import data_loader
 from nextitnet import NextItNet
 from pruning import Stage
-from tools import export
+from tools.serving.program import program_of
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def test_rows_of_any_form_are_read_as_training_reads_them(chain, serving, tool, 
     for name, lines in forms.items():
         (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
         arguments = ("--task", 2, "--serving", served, "--data_path", tmp_path / name)
-        output = tool("represent", *arguments, "--output", tmp_path / "u.npy")
+        output = tool("represent", *arguments, "--output", tmp_path / "u.npy", "--overwrite")
         assert "4 rows; read as <UNK>: 1 items that task 1 never saw; 1 rows longer than 20" in output
         users.append(np.load(tmp_path / "u.npy"))
     assert np.array_equal(*users)
@@ -138,7 +139,7 @@ def test_memory_does_not_grow_with_the_rows(chain, serving, tool, tmp_path, monk
         (tmp_path / "rows").write_text(lines * copies)
         arguments = ("--task", 2, "--serving", served, "--data_path", tmp_path / "rows")
         tracemalloc.start()
-        tool("represent", *arguments, "--output", tmp_path / "u.csv")
+        tool("represent", *arguments, "--output", tmp_path / "u.csv", "--overwrite")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert len((tmp_path / "u.csv").read_text().splitlines()) == 1 + 30_000
@@ -178,9 +179,10 @@ def test_what_a_row_holds_is_left_out_if_asked(chain, serving, tool):
 
 
 @pytest.mark.parametrize("task", [1, 3])
-def test_a_program_runs_without_the_suite(chain, serving, tool, tmp_path, task):
-    tool("export", "--task", task, "--checkpoint", chain[0] / "checkpoints" / "ret_t4.pt",
-         "--output", tmp_path / "x", "--program", tmp_path / "task.pt2")  # fmt: skip
+def test_a_program_runs_without_the_suite(chain, tool, tmp_path, task):
+    newest = chain[0] / "checkpoints" / "ret_t4.pt"
+    outputs = ("--output", tmp_path / "x", "--program", tmp_path / "task.pt2")
+    tool("export", "--task", task, "--checkpoint", newest, *outputs)
     inputs = inputs_of(chain, task)[:300]
     torch.save(inputs[:, :-1] if task > 1 else inputs, tmp_path / "ids.pt")
     alone = """
@@ -211,8 +213,8 @@ def test_a_program_counts_positions_as_the_model_does(task):
     model = NextItNet(30, 8, [1, 2], 3, positions=6).eval()
     model.add_head(2, 9)
     torch.nn.init.normal_(model.position.weight)
-    ids, stage = torch.randint(1, 30, (5, 7)), Stage(task, "tp")  # longer than the positions by one or two
-    users, scores = export.Program(model, task, 7)(ids)
+    ids, stage = torch.randint(1, 30, (5, 7)), Stage(task, "inference")  # longer than the positions by one or two
+    users, scores = program_of(model, task, 7).module()(ids)
     whole = torch.nn.functional.pad(ids, (0, 1)) if task > 1 else ids
     torch.testing.assert_close(users, model.user_representation(whole, stage), rtol=0, atol=1e-5)
     torch.testing.assert_close(scores[:, 1:], model.scores(whole, stage)[:, 1:], rtol=0, atol=1e-5)
@@ -245,7 +247,35 @@ def test_what_cannot_be_served_is_refused_in_one_line(chain, serving, run_here, 
     bits = bytearray(Path(served).read_bytes())
     bits[len(bits) // 2] ^= 1
     Path(served).write_bytes(bits)
-    assert "damaged" in refused(run_here(*represent, "--task", "2"))
+    error = refused(run_here(*represent, "--task", "2"))
+    assert "is damaged, or no serving file" in error and "--output" not in error
     folder = ["--checkpoint_dir", str(chain[0] / "checkpoints")]
     assert "has learned tasks 1 to 4" in refused(run_here("tools.export", "--task", "5", *folder))
     assert "--dtype int8 makes no sense" in refused(run_here("tools.export", "--task", "1", "--dtype", "int8"))
+
+
+def test_what_no_tool_wrote_is_replaced_only_if_asked(chain, serving, run_here, tmp_path):
+    """A checkpoint is named where a serving file, or an output, is wanted: no message proposes to write there."""
+    folder = Path(shutil.copytree(chain[0] / "checkpoints", tmp_path / "checkpoints"))
+    newest, data = folder / "ret_t4.pt", chain[0] / "Data" / FILES[2]
+    before = newest.read_bytes()
+    error = refused(run_here("tools.represent", "--task", "2", "--serving", str(newest), "--data_path", str(data)))
+    assert "no serving file: name one with --serving" in error and "--output" not in error
+    export = ["tools.export", "--task", "2", "--checkpoint_dir", str(folder)]
+    assert f"{folder / 'tp_t4.pt'} exists: --over" in refused(run_here(*export, "--output", str(folder / "tp_t4.pt")))
+    own = ["--checkpoint", str(newest), "--output", str(newest), "--overwrite"]
+    assert "is the checkpoint that is read" in refused(run_here(*export, *own))
+    read = ["--task", "2", "--serving", str(serving(2)), "--data_path", str(data), "--output"]
+    for name in ("results.csv", "index.csv"):
+        for tool in ("tools.represent", "tools.recommend"):
+            (folder / name).write_text("kept\n")
+            assert f"{name} exists: --overwrite replaces it" in refused(run_here(tool, *read, str(folder / name)))
+            assert (folder / name).read_text() == "kept\n"
+    assert newest.read_bytes() == before
+    (tmp_path / "task.pt2").write_text("kept")
+    program = ["--program", str(tmp_path / "task.pt2")]
+    assert "task.pt2 exists: --overwrite replaces it" in refused(run_here(*export, *program))
+    for more, code in (((), 0), ((), 0), (("--task", "3"), 2), (("--task", "3", "--overwrite"), 0)):
+        assert run_here(*export, "--output", str(tmp_path / "served"), *more)[0] == code, "its own is replaced"
+    assert run_here("tools.represent", *read, str(folder / "index.csv"), "--overwrite")[0] == 0
+    assert (folder / "index.csv").read_text().startswith("user,v0,")

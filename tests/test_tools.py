@@ -35,7 +35,7 @@ def test_every_method_is_compared_on_every_task(compared):
     counts = table.groupby("method")["task"].agg(["count", "nunique"])
     assert set(counts.index) == {*baselines.METHODS, "popular"}
     assert (counts["count"] == 2 * counts["nunique"]).all(), "two seeds"
-    assert counts["nunique"].to_dict() == {method: 4 for method in counts.index} | {"no_task_2": 2}
+    assert counts["nunique"].to_dict() == dict.fromkeys(counts.index, 4) | {"no_task_2": 2}
     for method in counts.index:
         assert f"| {method} | " in printed
 
@@ -60,12 +60,18 @@ def test_what_it_takes_to_serve_all_tasks(compared):
     assert head < trained["Conure"] < head + 0.35 * weights < trained["FineAll"], "0.7 ** 3 of the weights are free"
 
 
-def test_a_second_run_trains_nothing_and_finds_the_same(compared):
+def test_a_second_run_trains_nothing_and_finds_the_same(compared, run_here):
     flags, _, printed = compared
     folder = Path(flags[3])
+    code, _, error = run_here("tools.baselines", *flags)
+    assert code == 2 and "baselines.csv exists: --overwrite replaces it" in error
     (folder / "baselines.csv").unlink()
+    code, _, error = run_here("tools.baselines", *flags)
+    assert code == 2 and "baselines.md exists: --overwrite replaces it" in error
     trained = {path: path.read_bytes() for path in folder.rglob("*.pt")}
-    tables = [text[text.index("Test scores") :] for text in (printed, run_module("tools.baselines", *flags))]
+    tables = [
+        text[text.index("Test scores") :] for text in (printed, run_module("tools.baselines", *flags, "--overwrite"))
+    ]
     assert tables[0] == tables[1]
     assert trained == {path: path.read_bytes() for path in folder.rglob("*.pt")}
     assert (folder / "baselines.csv").exists()
@@ -83,7 +89,7 @@ def endless(demo, tmp_path) -> Iterator[subprocess.Popen]:
     """A comparison that would go on for ever, once two seeds are being learned at a time."""
     flags = ["--data_dir", str(demo / "Data"), "--output_dir", str(tmp_path), "--only", "SinMo", *SMALL]
     command = [sys.executable, "-m", "tools.baselines", *flags, "--first_epochs", "100000"]
-    streams = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     # As in a terminal, where it is not ignored; a shell's background jobs, these tests among them, ignore it.
     heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
@@ -136,14 +142,16 @@ def test_an_unknown_method_is_refused(run_here):
     assert code == 2 and error.startswith("error: --only SASRec is none of Conure, no_retraining, ")
 
 
-def test_capacity_learns_a_task_at_every_depth(demo, tmp_path):
+def test_capacity_learns_a_task_at_every_depth(demo, tmp_path, run_here):
     flags = ["--data_dir", str(demo / "Data"), "--output_dir", str(tmp_path), "--seeds", "1", *SMALL]
     run_module("tools.capacity", *flags, "--percents", "50,90", "--depths", "1,3")
     table = pd.read_csv(tmp_path / "capacity.csv")
-    assert table[["prune_ratio", "task", "learned_before"]].values.tolist() == [
+    assert table[["prune_ratio", "task", "learned_before"]].to_numpy().tolist() == [
         [ratio, *place] for ratio in (0.5, 0.9) for place in ((1, 0), (3, 1), (3, 3))
     ]
     for percent, share in ((50, 0.5), (90, 0.9)):
         content, _ = checkpoint.load(str(tmp_path / "seed_10" / f"ratio_{percent}" / "ret_t3.pt"))
         free = pruning.shares(checkpoint.build_model(content))[pruning.FREE]
         assert free == pytest.approx(share**3, abs=0.02)
+    code, _, error = run_here("tools.capacity", *flags)
+    assert code == 2 and "capacity.csv exists: --overwrite replaces it" in error

@@ -1,130 +1,53 @@
-"""Does one model for all tasks pay? The paper's comparisons (section 4): python -m tools.baselines
+"""Compare Conure with one model per task, fine-tuning, joint training and adapters (section 4 of the paper).
 
   Conure           the eight scripts
-  no_retraining    Conure, each task pruned and left as it then is, after half the epochs
+  no_retraining    Conure without retraining: half the epochs, scored after pruning
   no_task_2        Conure, task 3 learned right after task 1
-  SinMo            a model of its own for every task, from nothing
-  SinMoAll         one model trained task after task, with nothing protected: it forgets
-  FineAll          every task fine-tunes all of a copy of task 1's SinMo
-  FineHead         every task trains a head on task 1's SinMo, and nothing else
-  MTL              a model for every task, trained on it and on task 1 at once, and as long as either of them takes
-  PeterRec         task 1's SinMo frozen, small adapters and a head trained for every task
-  popular          no model: the most popular targets or the majority class of the training part
+  SinMo            one model per task, from scratch
+  SinMoAll         one model trained task after task, nothing protected: it forgets
+  FineAll          every task fine-tunes a whole copy of task 1's SinMo
+  FineHead         every task trains a head on the frozen SinMo of task 1
+  MTL              one model per task, trained jointly with task 1 for as long as the longer of the two takes
+  PeterRec         SinMo of task 1 frozen; every task trains small adapters and a head
+  popular          no model: the most popular targets, or the majority class, of the training part
 
-A task that Conure trains and retrains is trained for as many epochs by the others, and a step learns as in the task's
-script. FineAll, FineHead, MTL and PeterRec answer for task 1 with SinMo's model.
+The others train a task for as many epochs as Conure trains and retrains it, with the learning rate, batch size and loss
+of the task's script. FineAll, FineHead, MTL and PeterRec serve task 1 with SinMo's model.
 
 READS  the task files in data_dir
-WRITES to output_dir a folder per seed and method, from which a killed run goes on, then baselines.csv (a row per
-method, task and seed) and baselines.md (mean and standard deviation over the seeds).
+WRITES to output_dir: a folder per seed and method, from which an interrupted run resumes; baselines.csv, a row per
+       method, task and seed; baselines.md, mean and standard deviation over the seeds
 """
 
 import hashlib
-import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from conure import checkpoint, launch, losses, metrics, training
+from conure import checkpoint, launch, metrics, training
 from conure.errors import InputError
 from conure.files import whole_file
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-import data_loader
-from nextitnet import CausalConv, NextItNet
+from nextitnet import NextItNet
 from pruning import Stage
-from tools import study
+from tools import check_output, study
+from tools.comparisons import tables
+from tools.comparisons.networks import Adapted, HeadOnly, Joint, JointLoss, Unprotected
 
 TASKS = (1, 2, 3, 4)
-ADAPTER_SHARE = 4  # channels of the network per channel of an adapter
+LATER = TASKS[1:]
 
 
 @dataclass
 class Hyperparameters(study.Settings):
     output_dir: str = "checkpoints/baselines"  # a folder per seed and method, baselines.csv and baselines.md
     only: str = ""  # one of the methods, and what it starts from; empty: all
-
-
-def only_named(model: nn.Module, chosen: Callable[[str], bool]) -> list[nn.Parameter]:
-    """Lets gradients reach the parameters whose names are chosen, and returns them."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(chosen(name))
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-class Unprotected(NextItNet):
-    """Trains everything but the heads of other tasks; it is never pruned, so that all weights are free."""
-
-    def train_only(self, stage: Stage) -> list[nn.Parameter]:
-        return only_named(self, lambda name: not name.startswith("heads.") or self.is_own(name, stage.task))
-
-    def is_own(self, name: str, task: int) -> bool:
-        return name.startswith(f"heads.{task}.")
-
-
-class Joint(Unprotected):
-    """Trains task 1's head too."""
-
-    def tables(self, task: int) -> set[nn.Parameter]:
-        return super().tables(1)
-
-    def is_own(self, name: str, task: int) -> bool:
-        return name.startswith((f"heads.{task}.", "heads.1."))
-
-
-class HeadOnly(NextItNet):
-    def train_only(self, stage: Stage) -> list[nn.Parameter]:
-        return only_named(self, lambda name: name.startswith(f"heads.{stage.task}."))
-
-
-class Adapter(nn.Module):
-    """x + up(relu(down(x))), which is x to begin with."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.down = nn.Linear(channels, channels // ADAPTER_SHARE)
-        self.up = nn.Linear(channels // ADAPTER_SHARE, channels)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.up(F.relu(self.down(x)))
-
-
-class Adapted(NextItNet):
-    """An adapter behind every convolution: "Parameter-Efficient Transfer from Sequential Behaviors for User Modeling
-    and Recommendation" (Yuan et al., SIGIR 2020), serial insertion."""
-
-    def add_head(self, task: int, size: int, bias: bool = False) -> None:
-        new = str(task) not in self.heads
-        super().add_head(task, size, bias)
-        if task > 1 and new:
-            for conv in (module for module in self.modules() if isinstance(module, CausalConv)):
-                conv.adapter = Adapter(self.architecture["channels"])
-                conv.register_forward_hook(lambda conv, _, output: conv.adapter(output))
-
-    def train_only(self, stage: Stage) -> list[nn.Parameter]:
-        return only_named(self, lambda name: ".adapter." in name or name.startswith(f"heads.{stage.task}."))
-
-
-class JointLoss:
-    """A task's loss plus task 1's on a batch of its own."""
-
-    def __init__(self, own: losses.Loss, first: losses.Loss, data: data_loader.TaskData, batch_size: int):
-        self.own, self.first, self.data, self.batch_size = own, first, data, batch_size
-
-    def __call__(self, model: NextItNet, stage: Stage, inputs: Tensor, targets: Tensor, generator, share):
-        examples = self.data.splits["train"]
-        drawn = examples[torch.randint(len(examples), (self.batch_size,), generator=generator).numpy()]
-        first = self.first(model, Stage(1, stage.mode), *self.data.batch(drawn), generator, share)
-        return self.own(model, stage, inputs, targets, generator, share) + first
+    overwrite: bool = False  # replace the tables of an earlier run; its checkpoints stay
 
 
 @dataclass
@@ -143,58 +66,37 @@ class Step:
         return Stage(self.number or self.task, self.mode)
 
 
-def conure(tasks: Iterable[int] = TASKS) -> list[Step]:
-    steps = []
-    for task in tasks:
-        steps.append(Step("Conure", task, "tp", steps[-1] if steps else None))
-        steps.append(Step("Conure", task, "ret", steps[-1]))
-    return steps
-
-
-def no_retraining() -> list[Step]:
-    steps = conure([1])[:1]
-    for task in TASKS[1:]:
-        steps.append(Step("no_retraining", task, "tp", steps[-1]))
-    return steps
-
-
-def no_task_2() -> list[Step]:
-    steps = conure([1])
-    for mode in ("tp", "ret"):
-        steps.append(Step("no_task_2", 3, mode, steps[-1], number=2))
-    return steps
-
-
-def sinmo(tasks: Iterable[int] = TASKS) -> list[Step]:
-    return [Step("SinMo", task, network=Unprotected) for task in tasks]
-
-
-def one_after_the_other() -> list[Step]:
-    steps = sinmo([1])
-    for task in TASKS[1:]:
-        steps.append(Step("SinMoAll", task, "tp", steps[-1], Unprotected))
+def chain(
+    method: str,
+    stages: Iterable[tuple[int, str]],
+    before: Iterable[Step] = (),
+    network: type[NextItNet] = NextItNet,
+    number: int = 0,
+) -> list[Step]:
+    """The steps `before`, then one for each (task, mode), each from the checkpoint of the step before it."""
+    steps = [*before]
+    for task, mode in stages:
+        steps.append(Step(method, task, mode, steps[-1] if steps else None, network, number))
     return steps
 
 
 def from_task_1(method: str, network: type[NextItNet]) -> list[Step]:
-    (first,) = sinmo([1])
-    return [first, *(Step(method, task, "tp", first, network) for task in TASKS[1:])]
+    """Each later task from the SinMo of task 1."""
+    return [SINMO[0], *(Step(method, task, "tp", SINMO[0], network) for task in LATER)]
 
 
-def joint() -> list[Step]:
-    return sinmo([1]) + [Step("MTL", task, network=Joint) for task in TASKS[1:]]
-
-
-METHODS: dict[str, Callable[[], list[Step]]] = {
-    "Conure": conure,
-    "no_retraining": no_retraining,
-    "no_task_2": no_task_2,
-    "SinMo": sinmo,
-    "SinMoAll": one_after_the_other,
-    "FineAll": partial(from_task_1, "FineAll", Unprotected),
-    "FineHead": partial(from_task_1, "FineHead", HeadOnly),
-    "MTL": joint,
-    "PeterRec": partial(from_task_1, "PeterRec", Adapted),
+CONURE = chain("Conure", [(task, mode) for task in TASKS for mode in ("tp", "ret")])
+SINMO = [Step("SinMo", task, network=Unprotected) for task in TASKS]
+METHODS = {
+    "Conure": CONURE,
+    "no_retraining": chain("no_retraining", [(task, "tp") for task in LATER], CONURE[:1]),
+    "no_task_2": chain("no_task_2", [(3, "tp"), (3, "ret")], CONURE[:2], number=2),
+    "SinMo": SINMO,
+    "SinMoAll": chain("SinMoAll", [(task, "tp") for task in LATER], SINMO[:1], Unprotected),
+    "FineAll": from_task_1("FineAll", Unprotected),
+    "FineHead": from_task_1("FineHead", HeadOnly),
+    "MTL": [SINMO[0], *(Step("MTL", task, network=Joint) for task in LATER)],
+    "PeterRec": from_task_1("PeterRec", Adapted),
 }
 # Those whose last model serves all tasks; the others keep what each task trained.
 CHAINS = ("Conure", "no_retraining", "no_task_2", "SinMoAll")
@@ -242,7 +144,7 @@ class Comparison(study.Study):
 
     def rows(self, method: str) -> Iterator[dict[str, Any]]:
         """A row for every task that the method has learned: scores on test, parameters, bytes, seconds."""
-        steps = METHODS[method]()
+        steps = METHODS[method]
         contents = [self.content(step) for step in steps]
         if method in CHAINS:
             scores = self.evaluate(contents[-1])
@@ -267,7 +169,7 @@ class Comparison(study.Study):
 
     def forgetting(self, method: str) -> Iterator[dict[str, Any]]:
         """The test scores of tasks 1..k after task k, where one model has learned them all."""
-        last = {step.task: step for step in METHODS[method]()}  # of each task
+        last = {step.task: step for step in METHODS[method]}  # of each task
         for after, step in last.items():
             for task, scores in self.evaluate(self.content(step)).items():
                 yield {"method": method, "task": task, "after": after, "score": next(iter(scores.values()))}
@@ -307,43 +209,6 @@ def bytes_to_serve(served: Iterable[tuple[dict[str, Any], set[int]]]) -> int:
     return sum(needed.values())
 
 
-def mean_and_spread(values: pd.Series, digits: int = 4) -> str:
-    """`0.0599 ± 0.0022`: the mean and the standard deviation, which one value alone does not have."""
-    spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():.{digits}f}{spread}"
-
-
-def comparison(table: pd.DataFrame) -> list[str]:
-    """Markdown lines: a row a method, with its score on every task."""
-    metric = table.drop_duplicates("task").set_index("task")["metric"]
-    tasks = sorted(metric.index)
-    lines = [
-        "| method | " + " | ".join(f"task {task}, {metric[task]}" for task in tasks)
-        + " | trained, thousands | MB for all tasks | seconds |",
-        "|---" * (len(tasks) + 4) + "|",
-    ]  # fmt: skip
-    for method, rows in table.groupby("method", sort=False):
-        by_task = rows.groupby("task")
-        cells = [mean_and_spread(by_task.get_group(t)["score"]) if t in by_task.groups else "" for t in tasks]
-        trained = " / ".join(f"{by_task.get_group(t)['trained'].max() / 1e3:.0f}" for t in by_task.groups)
-        seconds = rows.groupby("seed")["seconds"].sum().median()
-        all_tasks = f"{rows['bytes_all_tasks'].max() / 1e6:.1f}" if len(by_task) == len(TASKS) else ""
-        lines.append(f"| {method} | " + " | ".join([*cells, trained, all_tasks, f"{seconds:.0f}"]) + " |")
-    return lines
-
-
-def forgetting_table(table: pd.DataFrame) -> list[str]:
-    """Markdown lines: a row a method and task, with its scores after each further task."""
-    tasks = sorted(table["after"].unique())
-    lines = ["| method | task | " + " | ".join(f"after task {task}" for task in tasks) + " |"]
-    lines.append("|---" * (len(tasks) + 2) + "|")
-    for (method, task), rows in table.groupby(["method", "task"], sort=False):
-        after = rows.groupby("after")["score"]
-        cells = [mean_and_spread(after.get_group(t)) if t in after.groups else "" for t in tasks]
-        lines.append(f"| {method} | {task} | " + " | ".join(cells) + " |")
-    return lines
-
-
 def compare(hp: Hyperparameters, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows of the comparison and of the forgetting table with one seed."""
     runs, scores, forgotten = Comparison(hp, seed), [], []
@@ -352,7 +217,7 @@ def compare(hp: Hyperparameters, seed: int) -> tuple[list[dict[str, Any]], list[
         if method == "popular":
             scores += runs.popular()
             continue
-        for step in METHODS[method]():
+        for step in METHODS[method]:
             runs.run(step)
         scores += runs.rows(method)
         if method in ("Conure", "SinMoAll"):
@@ -363,15 +228,19 @@ def compare(hp: Hyperparameters, seed: int) -> tuple[list[dict[str, Any]], list[
 def main(hp: Hyperparameters) -> None:
     if hp.only and hp.only not in [*METHODS, "popular"]:
         raise InputError(f"--only {hp.only} is none of {', '.join([*METHODS, 'popular'])}")
-    scores, forgotten = map(list, map(itertools.chain.from_iterable, zip(*study.over_seeds(hp, compare))))
-    table = pd.DataFrame(scores)
-    lines = [f"Test scores, mean ± standard deviation over {hp.seeds} seeds.", "", *comparison(table)]
-    if forgotten:
-        lines += ["", "After learning further tasks:", "", *forgetting_table(pd.DataFrame(forgotten))]
-    name = f"baselines_{hp.only}" if hp.only else "baselines"
-    for suffix, text in (("csv", table.to_csv(index=False)), ("md", "\n".join(lines) + "\n")):
-        with whole_file(os.path.join(hp.output_dir, f"{name}.{suffix}")) as file:
-            file.write(text.encode())
+    output = os.path.join(hp.output_dir, f"baselines_{hp.only}" if hp.only else "baselines")
+    check_output(f"{output}.csv", hp.overwrite)
+    check_output(f"{output}.md", hp.overwrite)
+    seeds = study.over_seeds(hp, compare)
+    table = pd.DataFrame([row for scores, _ in seeds for row in scores])
+    forgotten = pd.DataFrame([row for _, forgotten in seeds for row in forgotten])
+    lines = [f"Test scores, mean ± standard deviation over {hp.seeds} seeds.", "", *tables.scores(table)]
+    if len(forgotten):
+        lines += ["", "After learning further tasks:", "", *tables.forgetting(forgotten)]
+    with whole_file(f"{output}.csv") as file:
+        table.to_csv(file, index=False)
+    with whole_file(f"{output}.md") as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
     print("\n".join(lines))
 
 

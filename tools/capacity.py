@@ -1,11 +1,11 @@
-"""How far does it go? Scores against the prune ratio and against the number of tasks that are learned already.
+"""Measure capacity: scores against the prune ratio and against the number of tasks learned before.
 
-For every prune ratio one model learns task 1 and then further tasks, made by splitting the targets of task 2 by their
-popularity rank, so that all are alike. At several depths a copy of the model learns task 3 as its next one.
+For every prune ratio one model learns task 1 and then further tasks. These are alike: they split the targets of task 2
+by popularity rank. At several depths a copy of the model learns task 3 next.
 
 READS  the task files in data_dir
-WRITES to output_dir a folder per seed, from which a killed run goes on; capacity.csv; capacity.png, if matplotlib is
-       installed
+WRITES to output_dir: a folder per seed, from which an interrupted run resumes; capacity.csv; capacity.png, if
+       matplotlib is installed
 """
 
 import itertools
@@ -25,7 +25,7 @@ import pandas as pd
 import data_loader
 import pruning
 from pruning import Stage
-from tools import study
+from tools import check_output, study
 
 SPLIT_TASK, NEXT_TASK = 2, 3  # whose targets are split, and which task is learned at each depth
 
@@ -35,17 +35,18 @@ class Hyperparameters(study.Settings):
     output_dir: str = "checkpoints/capacity"  # a folder per seed, capacity.csv and capacity.png
     percents: Annotated[tuple[int, ...], Range(1, 99)] = (50, 60, 70, 80, 90, 95)  # prune ratios to try, in per cent
     depths: Annotated[tuple[int, ...], Range(1)] = (1, 4, 9)  # numbers of tasks after which task 3 is learned
+    overwrite: bool = False  # replace the table and picture of an earlier run; its checkpoints stay
 
 
 class Capacity(study.Study):
     """All models of one seed."""
 
     def parts(self, count: int) -> list[data_loader.TaskData]:
-        """Task 2's data split in so many tasks; each has every `count`-th target by falling frequency."""
+        """Task 2's data split into `count` tasks; each has every `count`-th target in order of frequency."""
         hp = self.settings(SPLIT_TASK, "tp")
         with open(hp.data_path, encoding="utf-8") as file:
             lines = [line.rstrip("\n").split(",,") for line in file]
-        frequency = Counter(itertools.chain.from_iterable(targets.split(",") for _, targets in lines))
+        frequency = Counter(target for _, targets in lines for target in targets.split(","))
         part = {target: number for (target, _), number in zip(frequency.most_common(), itertools.cycle(range(count)))}
         data = []
         for number in range(count):
@@ -57,7 +58,7 @@ class Capacity(study.Study):
         return data
 
     def first(self, folder: Path, ratio: float) -> None:
-        """Task 1 pruned by `ratio` in `folder`: trained once for all ratios, as that comes before pruning."""
+        """Task 1 pruned by `ratio`, in `folder`. It is trained once for all ratios, as training precedes pruning."""
         path = checkpoint.path_of(str(folder), Stage(1, "tp"))
         if os.path.exists(path):
             return
@@ -74,7 +75,7 @@ class Capacity(study.Study):
         checkpoint.save(path, content)
 
     def model(self, percent: int, parts: list[data_loader.TaskData]) -> Iterator[dict[str, Any]]:
-        """Learns task 1 and all `parts` with one prune ratio; a row for task 1 and for every depth."""
+        """Learns task 1 and all `parts` with one prune ratio; yields a row for task 1 and for every depth."""
         ratio, folder = percent / 100, self.folder / f"ratio_{percent}"
         self.first(folder, ratio)
         for number in range(1, len(parts) + 2):
@@ -91,7 +92,7 @@ class Capacity(study.Study):
                 yield self.row(percent, NEXT_TASK, number, folder / f"after_{number}")
 
     def next_task(self, folder: Path, learned: int, ratio: float) -> None:
-        """Task 3 as the next one of a model that has learned so many."""
+        """Learns task 3 after `learned` tasks."""
         for mode in ("tp", "ret"):
             home = folder.parent if mode == "tp" else folder
             start = checkpoint.path_of(str(home), checkpoint.stage_before(Stage(learned + 1, mode)))
@@ -100,7 +101,7 @@ class Capacity(study.Study):
             self.learn(folder, hp, Stage(learned + 1, mode), data, self.loss(NEXT_TASK, hp), start)
 
     def row(self, percent: int, task: int, learned: int, folder: Path) -> dict[str, Any]:
-        """The test score of the task that was learned after so many, and the share of weights that it found free."""
+        """The test score of the task learned after `learned` others, and the share of weights that was free for it."""
         content, _ = checkpoint.load(checkpoint.path_of(str(folder), Stage(learned + 1, "ret")))
         scores = content["tasks"][learned + 1]["results"]["ret"]["test"]
         name, score = next(iter(scores.items()))
@@ -146,11 +147,14 @@ def learn(hp: Hyperparameters, seed: int) -> list[dict[str, Any]]:
 
 
 def main(hp: Hyperparameters) -> None:
-    table = pd.DataFrame(itertools.chain.from_iterable(study.over_seeds(hp, learn)))
-    with whole_file(os.path.join(hp.output_dir, "capacity.csv")) as file:
+    path, picture = (os.path.join(hp.output_dir, name) for name in ("capacity.csv", "capacity.png"))
+    check_output(path, hp.overwrite)
+    check_output(picture, hp.overwrite)
+    table = pd.DataFrame([row for rows in study.over_seeds(hp, learn) for row in rows])
+    with whole_file(path) as file:
         table.to_csv(file, index=False)
     print(table.to_string(index=False))
-    plot(table, os.path.join(hp.output_dir, "capacity.png"))
+    plot(table, picture)
 
 
 if __name__ == "__main__":

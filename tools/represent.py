@@ -1,16 +1,17 @@
-"""Writes the user representation of every row of a data file, in file order.
+"""Write the user representation of every row of a data file, in file order.
 
-READS  a serving file, from tools.export; a data file of any task, or any file of such lines
+READS  a serving file, from tools.export; a data file of any task, or any file in that format
 WRITES output, by its ending:  .npy      float32 (rows, channels), the rows as in the data file
                                .csv      user, then a column for each channel
-                               .parquet  the same; takes pyarrow, which is asked for by name where it is missing
-NEXT   your own model, index of nearest neighbours, or dashboard
+                               .parquet  the same; needs pyarrow
+NEXT   your own model, nearest-neighbour index or dashboard
 """
 
 import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import BinaryIO
 
 from conure import launch
@@ -21,7 +22,7 @@ from conure.training import pick_device
 import numpy as np
 import pandas as pd
 
-from tools import serving
+from tools.serving.served import Served, Source
 
 BLOCKS_A_GROUP = 64  # of the parquet file: 16,384 rows
 
@@ -29,12 +30,12 @@ Blocks = Iterator[tuple[list[str], np.ndarray]]  # users, and their representati
 
 
 @dataclass
-class Hyperparameters(serving.Source):
+class Hyperparameters(Source):
     output: str = "users.npy"  # .npy, .csv or .parquet
 
 
 def write_npy(file: BinaryIO, blocks: Blocks) -> None:
-    """The header has room for any number of rows, so it is written again once that is known."""
+    """The number of rows is known at the end only; the header has room for any, so it is written again then."""
     count, header = 0, {"descr": "<f4", "fortran_order": False}
     for _, block in blocks:
         if count == 0:
@@ -58,7 +59,7 @@ def write_csv(file: BinaryIO, blocks: Blocks) -> None:
 
 
 def write_parquet(file: BinaryIO, blocks: Blocks) -> None:
-    """In groups of many rows, as what is kept in memory of each is written at the end."""
+    """In row groups of many blocks, because the writer keeps the metadata of each group in memory."""
     import pyarrow
     import pyarrow.parquet
 
@@ -74,22 +75,19 @@ WRITERS = {".npy": write_npy, ".csv": write_csv, ".parquet": write_parquet}
 
 
 def writer_of(path: str) -> Callable[[BinaryIO, Blocks], None]:
-    """By the ending of the name; InputError if it is none of WRITERS, or a package is missing."""
+    """The writer for the file's ending; InputError for another ending, or if pyarrow is missing."""
     ending = os.path.splitext(path)[1]
     if ending not in WRITERS:
         raise InputError(f"--output {path}: the name must end with {', '.join(WRITERS)}")
-    if ending == ".parquet":
-        try:
-            import pyarrow  # noqa: F401
-        except ImportError:
-            raise InputError(".parquet takes pyarrow: .venv/bin/python -m pip install pyarrow") from None
+    if ending == ".parquet" and find_spec("pyarrow") is None:
+        raise InputError(".parquet needs pyarrow: .venv/bin/python -m pip install pyarrow")
     return WRITERS[ending]
 
 
 def main(hp: Hyperparameters) -> None:
     write = writer_of(hp.output)
     hp.check_output(hp.output)
-    served = serving.Served(hp, pick_device(hp.device))
+    served = Served(hp, pick_device(hp.device))
     batches = served.batches(hp.data_path, hp.ids)
     with whole_file(hp.output) as file:
         write(file, ((users, served.represent(ids).cpu().numpy()) for users, ids in batches))

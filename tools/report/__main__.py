@@ -1,4 +1,4 @@
-"""A chain on one page: learning curves, every task after every stage, who owns which weights, what is left, settings.
+"""Report a chain on one page: learning curves, scores after every stage, weights by owner, capacity left, settings.
 
 READS  results.csv and all checkpoints in checkpoint_dir; a task's data file only if what the task reads has changed
 WRITES report.html, which needs no other file, learning_curves.png and ownership.png to output_dir
@@ -13,7 +13,8 @@ from conure.files import whole_file
 from conure.settings import Device
 from conure.training import pick_device
 
-from tools.report import chain, history
+from tools import check_output
+from tools.report import chain, history, markup
 
 
 @dataclass
@@ -22,24 +23,37 @@ class Hyperparameters:
     output_dir: str = ""  # report.html and its pictures; empty: the folder `report` in checkpoint_dir
     data_dir: str = ""  # where the data files are; empty: where they were when the tasks were learned
     device: Device = "auto"  # auto: cuda if there is a GPU
+    overwrite: bool = False  # replace files of these names even if they belong to no earlier report
+
+
+def is_report(path: str) -> bool:
+    """Whether `path` is an earlier report; then it and its pictures may be replaced."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return markup.GENERATOR.encode() in file.read(1000)
 
 
 def main(hp: Hyperparameters) -> None:
     from tools.report import page, pictures  # only now, as they take matplotlib, and --help does not
 
+    folder = hp.output_dir or os.path.join(hp.checkpoint_dir, "report")
+    report = os.path.join(folder, "report.html")
+    for name in ("report.html", "learning_curves.png", "ownership.png"):
+        check_output(os.path.join(folder, name), hp.overwrite, own=is_report(report))
     histories = history.histories(hp.checkpoint_dir)
     whole = chain.read(hp.checkpoint_dir, hp.data_dir, pick_device(hp.device))
     written = {
+        "report.html": page.page(whole, histories).encode(),  # first: it marks the pictures as a report's own
         "learning_curves.png": pictures.learning_curves(histories),
         "ownership.png": pictures.ownership_png(whole.layers),
-        "report.html": page.page(whole, histories).encode(),
     }
     for name, content in written.items():
-        path = os.path.join(hp.output_dir or os.path.join(hp.checkpoint_dir, "report"), name)
+        path = os.path.join(folder, name)
         with whole_file(path) as file:
             file.write(content)
         print(f"wrote {path}")
-    print(f"next: open {path} in a browser")
+    print(f"next: open {report} in a browser")
 
 
 if __name__ == "__main__":

@@ -43,12 +43,15 @@ def history(task: int, rows: pd.DataFrame) -> History:
     end = rows["epoch"].where(rows["state"] == "tp", 0.0).max()
     rows.loc[rows["state"] == "pruned", "epoch"] = end
     rows.loc[rows["state"] == "ret", "epoch"] += end
-    points = {key: list(zip(part["epoch"].tolist(), part["score"].tolist()))
-              for key, part in rows.groupby(["state", "split"])}  # fmt: skip
+    parts = rows.groupby(["state", "split"])
+    points = {key: list(zip(part["epoch"].tolist(), part["score"].tolist())) for key, part in parts}
     test = {state: points[state, "test"][-1] for state in ("tp", "pruned", "ret") if (state, "test") in points}
     curves = {state: points[state, "validation"] for state in ("tp", "ret") if (state, "validation") in points}
-    kept = {}
-    for state, curve in curves.items():
-        kept |= {state: point for point in curve if state in test and point[0] == test[state][0]}
+    kept = {
+        state: point
+        for state, curve in curves.items()
+        for point in curve
+        if state in test and point[0] == test[state][0]
+    }
     pruned = points.get(("pruned", "validation"), [None])[-1]
     return History(int(task), ", then ".join(rows["name"].unique()), curves, kept, pruned, test)

@@ -4,6 +4,8 @@ import base64
 import html
 from collections.abc import Iterable
 
+GENERATOR = '<meta name="generator" content="python -m tools.report">'  # marks a page as written by this tool
+
 
 class Html(str):
     """Markup; every other string is escaped on its way into the page."""

@@ -9,7 +9,7 @@ from tools.report import chain as chains
 from tools.report import pictures
 from tools.report.chain import Chain, Room
 from tools.report.history import History
-from tools.report.markup import Html, element, join, path_cell, picture, table, td
+from tools.report.markup import GENERATOR, Html, element, join, path_cell, picture, table, td
 from tools.report.pictures import DARK, LIGHT
 
 # Which of a picture's renderings a browser takes; paper is always light.
@@ -28,7 +28,7 @@ def page(chain: Chain, histories: list[History]) -> str:
     title = f"Conure: {tasks_in_words(len(chain.records))} in one model"
     head = element(
         "head",
-        Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
+        Html(f'<meta charset="utf-8">{GENERATOR}<meta name="viewport" content="width=device-width, initial-scale=1">'),
         element("title", title),
         element("style", Html(css)),
     )
@@ -181,19 +181,17 @@ def transfers(chain: Chain) -> Html:
         numbers = chains.transfer(after, members)
         cells = [f"{numbers.average:.4f}", difference(numbers.backward), difference(numbers.forgetting)]
         rows.append([f"{name}, task{'s' if len(members) > 1 else ''} {', '.join(map(str, members))}", *cells])
-    last = stage_name(chain.stages[-1])
-    return join([
-        table("Averages by metric", ["metric", "average", "backward transfer", "forgetting"], rows),
-        element(
-            "p",
-            "A line per metric, as scores of different kinds have no mean. R(l, t) is task t's score after the last "
-            f"stage of task l, and T the last task, here after {last}. Average: the mean of R(T, t). Backward transfer "
-            "(Lopez-Paz and Ranzato 2017, GEM): the mean of R(T, t) − R(t, t) over the tasks before T; negative "
-            "where something was lost. Forgetting (Chaudhry et al. 2018): the mean, over the same, of the best of "
-            "R(t, t) to R(T − 1, t), less R(T, t). A dash: no task of this metric came before T.",
-            class_="small",
-        ),
-    ])  # fmt: skip
+    means = table("Averages by metric", ["metric", "average", "backward transfer", "forgetting"], rows)
+    explained = element(
+        "p",
+        "A line per metric, as scores of different kinds have no mean. R(l, t) is task t's score after the last "
+        f"stage of task l, and T the last task, here after {stage_name(chain.stages[-1])}. Average: the mean of "
+        "R(T, t). Backward transfer (Lopez-Paz and Ranzato 2017, GEM): the mean of R(T, t) − R(t, t) over the tasks "
+        "before T; negative where something was lost. Forgetting (Chaudhry et al. 2018): the mean, over the same, of "
+        "the best of R(t, t) to R(T − 1, t), less R(T, t). A dash: no task of this metric came before T.",
+        class_="small",
+    )
+    return join([means, explained])
 
 
 def difference(value: float | None) -> str:

@@ -130,10 +130,8 @@ def draw_history(axes: Axes, history: History, theme: Theme) -> None:
 
 
 def mark(axes: Axes, point: Point, shape: str, size: float, edge: str, face: str, label: str | None) -> None:
-    axes.plot(
-        *point, marker=shape, markersize=size, markeredgecolor=edge, markerfacecolor=face, linestyle="none", zorder=3,
-        label=label,
-    )  # fmt: skip
+    how = {"marker": shape, "markersize": size, "markeredgecolor": edge, "markerfacecolor": face, "label": label}
+    axes.plot(*point, linestyle="none", zorder=3, **how)
 
 
 def ownership(layers: list[Layer], theme: Theme, width: float) -> bytes:
@@ -152,8 +150,8 @@ def draw_ownership(figure: Figure, layers: list[Layer], theme: Theme) -> None:
     """A bar per layer, from its input side down: task 1, 2, …, and what is free."""
     axes = figure.subplots()
     owners = sorted({owner for layer in layers for owner in layer.counts} - {0})
-    places = np.linspace(*theme.tasks, max(len(owners), 1))
-    colours = [*map(matplotlib.colors.to_hex, matplotlib.colormaps[TASK_COLOURS](places))][: len(owners)] + [theme.free]
+    drawn = matplotlib.colormaps[TASK_COLOURS](np.linspace(*theme.tasks, len(owners)))
+    colours = [*(matplotlib.colors.to_hex(colour) for colour in drawn), theme.free]
     room = 36 / (figure.get_figwidth() - 1.3)  # % of a bar that a number takes: 0.36 inches; the names take 1.3
     left = [0.0] * len(layers)
     for owner, colour in zip([*owners, 0], colours):

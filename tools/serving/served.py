@@ -1,26 +1,12 @@
-"""Serving files: one task of a model, with the weights that it may read and nothing else.
-
-    format         number of this layout
-    task, metric   which task it serves, and how that was scored
-    architecture   the arguments of NextItNet
-    length         items in a row of the task's data; shorter rows are padded on the left, longer ones lose their oldest
-    weights        embedding, positions, layer norms and the task's head
-    conv           of each conv layer its shape, one bit a weight for whether the task may read it, and those weights
-    items, targets the vocabularies, each as one uint8 tensor
-
-Written and checked as checkpoints are. Weights may be kept in 16 bits; they are always computed with in float32.
-"""
+"""Serves a task from its file: reads rows of tokens, returns user representations and the best targets."""
 
 import hashlib
 import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from conure import checkpoint
 from conure.errors import InputError
-from conure.files import load_sealed
 from conure.matmul import wide_linear
 from conure.metrics import EVALUATION_BATCH, SCORES_AT_ONCE
 from conure.settings import Device, Task
@@ -30,98 +16,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import pruning
 from data_loader import PADDING, UNKNOWN, Vocabulary
-from nextitnet import NextItNet
 from pruning import Stage
-
-FORMAT = 1
+from tools import check_output
+from tools.serving.file import build_model, load, path_of
 
 
 @dataclass
 class Source:
-    """What the tools that read a serving file ask for."""
+    """Settings that tools.represent and tools.recommend share."""
 
     task: Task = 1  # the task that is served
-    serving: str = ""  # the file that tools.export wrote; empty: checkpoints/serving_tK.pt, K being the task
-    data_path: str = "Data/Session/original_desen_pretrain.csv"  # a user a line; what follows `,,` is not read
-    ids: str = ""  # a file with the user of each row, one a line; empty: their numbers, from 1
+    serving: str = ""  # the file that tools.export wrote; empty: checkpoints/serving_tK.pt for task K
+    data_path: str = "Data/Session/original_desen_pretrain.csv"  # one user a line; targets after `,,` are ignored
+    ids: str = ""  # a file that names the user of each row, one a line; empty: row numbers from 1
     device: Device = "auto"  # auto: cuda if there is a GPU
+    overwrite: bool = False  # replace an existing output
+
+    def serving_path(self) -> str:
+        return self.serving or path_of("checkpoints", self.task)
 
     def check_output(self, path: str) -> None:
-        """InputError if writing there would destroy what is read."""
-        if os.path.realpath(path) in map(os.path.realpath, (self.data_path, self.ids, self.serving)):
+        """InputError if `path` is one of the inputs, or exists and is not to be replaced."""
+        read = (self.data_path, self.ids, self.serving_path())
+        if os.path.realpath(path) in [os.path.realpath(each) for each in read]:
             raise InputError(f"--output {path} is a file that is read: give another name")
-
-
-def path_of(folder: str, task: int) -> str:
-    return os.path.join(folder, f"serving_t{task}.pt")
-
-
-def extract(content: dict[str, Any], task: int, dtype: torch.dtype) -> dict[str, Any]:
-    """What a checkpoint's content has for `task`; the same however many tasks it has learned since."""
-    record, state = content["tasks"][task], dict(content["model"])
-    stage, conv = checkpoint.stage_of_state(task, record["state"]), {}
-    for name in [name.removesuffix(".owner") for name in state if name.endswith(".owner")]:
-        readable, _ = pruning.used_and_trained(state.pop(f"{name}.owner"), stage)
-        weight = state.pop(f"{name}.weight")
-        bits = torch.from_numpy(np.packbits(readable.numpy()))
-        conv[name] = {"shape": list(weight.shape), "readable": bits, "weights": weight[readable].to(dtype)}
-    other_heads = tuple(f"heads.{other}." for other in content["tasks"] if other != task)
-    return {
-        "format": FORMAT,
-        "task": task,
-        "metric": record["metric"],
-        "architecture": content["architecture"],
-        "length": record["length"],
-        "weights": {name: value.to(dtype) for name, value in state.items() if not name.startswith(other_heads)},
-        "conv": conv,
-        "items": content["items"],
-        "targets": record["targets"],
-    }
-
-
-def load(path: str, task: int) -> dict[str, Any]:
-    """The serving file of `task`; InputError if it is missing, damaged, or of another task."""
-    remedy = f"run `python -m tools.export --task {task} --output {path}`"
-    if not os.path.exists(path):
-        raise InputError(f"{path} does not exist: {remedy} first, which writes it")
-    content, _ = load_sealed(path)
-    if content is None or "conv" not in content:
-        raise InputError(f"{path} is damaged, or no serving file: {remedy}, which writes one")
-    if content["format"] != FORMAT:
-        raise InputError(f"{path} has format {content['format']}, this version reads {FORMAT}: {remedy} again")
-    if content["task"] != task:
-        raise InputError(f"{path} serves task {content['task']}: give --task {content['task']}, or another --serving")
-    return content
-
-
-def build_model(content: dict[str, Any]) -> NextItNet:
-    """The model with the task's head alone; what the task may not read is free and zero."""
-    task, state = content["task"], {name: value.float() for name, value in content["weights"].items()}
-    for name, layer in content["conv"].items():
-        size = int(np.prod(layer["shape"]))
-        readable = torch.from_numpy(np.unpackbits(layer["readable"].numpy(), count=size)).bool()
-        weight = torch.zeros(size)
-        weight[readable] = layer["weights"].float()
-        state[f"{name}.weight"] = weight.view(layer["shape"])
-        state[f"{name}.owner"] = (readable * task).to(torch.uint8).view(layer["shape"])
-    with torch.device("meta"):  # as initial values would be drawn for nothing
-        model = NextItNet(**content["architecture"])
-        if task > 1:
-            del model.heads["1"]
-            head = f"heads.{task}."
-            model.add_head(task, len(state[f"{head}weight"]), bias=f"{head}bias" in state)
-    model.load_state_dict(state, assign=True)
-    return model.eval()
+        check_output(path, self.overwrite)
 
 
 class Served:
-    """A task ready to serve: rows of tokens in, user representations and the best targets out."""
+    """A loaded task. It counts what it reads: rows, unknown tokens, rows cut to length."""
 
     def __init__(self, source: Source, device: torch.device):
         """Raises as `load`."""
-        content = load(source.serving or path_of("checkpoints", source.task), source.task)
+        content = load(source.serving_path(), source.task)
         self.task, self.length, self.device = content["task"], content["length"], device
         self.model = build_model(content).to(device)
         self.items, self.targets = (Vocabulary.from_tensor(content[name]) for name in ("items", "targets"))

@@ -1,0 +1,101 @@
+"""The serving file: one task of a model, with the weights that it reads and nothing else.
+
+    format         version of this layout
+    task, metric   the task, and how it is scored
+    architecture   the arguments of NextItNet
+    length         items in a row: shorter rows are padded on the left, longer ones lose their oldest items
+    weights        embedding, position embedding, layer norms and the task's head
+    conv           of each conv layer: its shape, the mask of the weights that the task reads (one bit each), and those
+    items, targets the vocabularies, each as one uint8 tensor
+
+Written whole and sealed with a digest, as checkpoints are. Weights may be stored in 16 bits; computation is in float32.
+"""
+
+import os
+from typing import Any
+
+from conure import checkpoint
+from conure.errors import InputError
+from conure.files import load_sealed
+
+import numpy as np
+import torch
+
+import pruning
+from nextitnet import NextItNet
+
+FORMAT = 1
+
+
+def path_of(folder: str, task: int) -> str:
+    return os.path.join(folder, f"serving_t{task}.pt")
+
+
+def extract(content: dict[str, Any], task: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The serving file's content, from a checkpoint's; tasks that were learned later do not change it."""
+    record, state = content["tasks"][task], dict(content["model"])
+    stage, conv = checkpoint.stage_of_state(task, record["state"]), {}
+    for name in [name.removesuffix(".owner") for name in state if name.endswith(".owner")]:
+        readable, _ = pruning.used_and_trained(state.pop(f"{name}.owner"), stage)
+        weight = state.pop(f"{name}.weight")
+        bits = torch.from_numpy(np.packbits(readable.numpy()))
+        conv[name] = {"shape": list(weight.shape), "readable": bits, "weights": weight[readable].to(dtype)}
+    other_heads = tuple(f"heads.{other}." for other in content["tasks"] if other != task)
+    return {
+        "format": FORMAT,
+        "task": task,
+        "metric": record["metric"],
+        "architecture": content["architecture"],
+        "length": record["length"],
+        "weights": {name: value.to(dtype) for name, value in state.items() if not name.startswith(other_heads)},
+        "conv": conv,
+        "items": content["items"],
+        "targets": record["targets"],
+    }
+
+
+def content_of(path: str) -> dict[str, Any] | None:
+    """None if `path` is damaged or no serving file; its task and format may be any."""
+    content, _ = load_sealed(path)
+    return content if content and "conv" in content else None
+
+
+def is_of_task(path: str, task: int) -> bool:
+    """Whether `path` is an undamaged serving file of `task`."""
+    return os.path.isfile(path) and (content_of(path) or {}).get("task") == task
+
+
+def load(path: str, task: int) -> dict[str, Any]:
+    """The serving file of `task`; InputError if it is missing, damaged, or of another task."""
+    export = f"python -m tools.export --task {task}"
+    if not os.path.exists(path):
+        raise InputError(f"{path} does not exist: run `{export} --output {path}` first, which writes it")
+    content = content_of(path)
+    if content is None:  # it may be a checkpoint, so the message must not propose to write there
+        raise InputError(f"{path} is damaged, or no serving file: name one with --serving; `{export}` writes one")
+    if content["task"] != task:
+        raise InputError(f"{path} serves task {content['task']}: give --task {content['task']}, or another --serving")
+    if content["format"] != FORMAT:
+        again = f"run `{export} --output {path}` again"
+        raise InputError(f"{path} has format {content['format']}, this version reads {FORMAT}: {again}")
+    return content
+
+
+def build_model(content: dict[str, Any]) -> NextItNet:
+    """The model with the head of this task alone; weights that the task does not read are free and zero."""
+    task, state = content["task"], {name: value.float() for name, value in content["weights"].items()}
+    for name, layer in content["conv"].items():
+        size = int(np.prod(layer["shape"]))
+        readable = torch.from_numpy(np.unpackbits(layer["readable"].numpy(), count=size)).bool()
+        weight = torch.zeros(size)
+        weight[readable] = layer["weights"].float()
+        state[f"{name}.weight"] = weight.view(layer["shape"])
+        state[f"{name}.owner"] = (readable * task).to(torch.uint8).view(layer["shape"])
+    with torch.device("meta"):  # draws no initial values
+        model = NextItNet(**content["architecture"])
+        if task > 1:
+            del model.heads["1"]
+            head = f"heads.{task}."
+            model.add_head(task, len(state[f"{head}weight"]), bias=f"{head}bias" in state)
+    model.load_state_dict(state, assign=True)
+    return model.eval()
