@@ -44,6 +44,12 @@ def whole_file(path: str) -> Iterator[BinaryIO]:
         raise InputError(f"{path} could not be written ({error.strerror}), {kept}: {advice}") from error
 
 
+def check_output(path: str, overwrite: bool, own: bool = False) -> None:
+    """InputError if `path` exists, except with --overwrite, or if it is the command's `own` earlier output."""
+    if os.path.exists(path) and not (overwrite or own):
+        raise InputError(f"{path} exists: --overwrite replaces it")
+
+
 @contextmanager
 def torch_writing() -> Iterator[None]:
     """Turns the RuntimeError that torch has for a disk that takes no more into the system's own error."""

@@ -181,8 +181,9 @@ class OneLineParser(argparse.ArgumentParser):
 def parser_of(block: type, about: str) -> OneLineParser:
     """A flag for every field; those of `Running` come last in the help, under a title of their own."""
     module = sys.modules["__main__"].__spec__  # None for a script
+    program = f"-m {module.name.removesuffix('.__main__')}" if module else "%(prog)s"
     parser = OneLineParser(
-        usage=f"python {f'-m {module.name}' if module else '%(prog)s'} [--name value] ...",
+        usage=f"python {program} [--name value] ...",
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

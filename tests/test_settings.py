@@ -14,7 +14,7 @@ from conure.errors import InputError
 import pytest
 from conftest import ROOT, STAGES
 
-from tools import study
+from tools.comparisons import study
 
 SCRIPTS = [f"conure_{mode}_t{task}.py" for task, mode in STAGES]
 PROGRAMS = sorted(

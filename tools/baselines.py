@@ -28,15 +28,14 @@ from typing import Any
 
 from conure import checkpoint, launch, metrics, training
 from conure.errors import InputError
-from conure.files import whole_file
+from conure.files import check_output, whole_file
 
 import pandas as pd
 import torch
 
 from nextitnet import NextItNet
 from pruning import Stage
-from tools import check_output, study
-from tools.comparisons import tables
+from tools.comparisons import study, tables
 from tools.comparisons.networks import Adapted, HeadOnly, Joint, JointLoss, Unprotected
 
 TASKS = (1, 2, 3, 4)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from conure import checkpoint, launch, losses
-from conure.files import whole_file
+from conure.files import check_output, whole_file
 from conure.settings import Range
 
 import pandas as pd
@@ -25,7 +25,7 @@ import pandas as pd
 import data_loader
 import pruning
 from pruning import Stage
-from tools import check_output, study
+from tools.comparisons import study
 
 SPLIT_TASK, NEXT_TASK = 2, 3  # whose targets are split, and which task is learned at each depth
 

@@ -18,12 +18,11 @@ from typing import Any, Literal
 
 from conure import checkpoint, launch
 from conure.errors import InputError
-from conure.files import save_sealed, torch_writing, whole_file
+from conure.files import check_output, save_sealed, torch_writing, whole_file
 from conure.settings import Task
 
 import torch
 
-from tools import check_output
 from tools.serving import file
 from tools.serving.program import program_of
 

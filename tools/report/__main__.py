@@ -9,11 +9,10 @@ import os
 from dataclasses import dataclass
 
 from conure import launch
-from conure.files import whole_file
+from conure.files import check_output, whole_file
 from conure.settings import Device
 from conure.training import pick_device
 
-from tools import check_output
 from tools.report import chain, history, markup
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from conure.errors import InputError
+from conure.files import check_output
 from conure.matmul import wide_linear
 from conure.metrics import EVALUATION_BATCH, SCORES_AT_ONCE
 from conure.settings import Device, Task
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from data_loader import PADDING, UNKNOWN, Vocabulary
 from pruning import Stage
-from tools import check_output
 from tools.serving.file import build_model, load, path_of
 
 
