@@ -21,7 +21,7 @@ from pathlib import Path
 
 from conure import launch
 from conure.errors import InputError
-from conure.ttl_format import MAX_LINE_TOKENS
+from conure.line_reader import MAX_LINE_TOKENS
 
 import numpy as np
 import pandas as pd

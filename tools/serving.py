@@ -11,7 +11,6 @@
 Written and checked as checkpoints are. Weights may be kept in 16 bits; they are always computed with in float32.
 """
 
-import hashlib
 import itertools
 import os
 from collections.abc import Iterator
@@ -21,16 +20,16 @@ from typing import Any
 from conure import checkpoint
 from conure.errors import InputError
 from conure.files import load_sealed
+from conure.line_reader import missing, read_lines
 from conure.matmul import wide_linear
 from conure.metrics import EVALUATION_BATCH, SCORES_AT_ONCE
-from conure.ttl_format import Encoder, read_lines
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import pruning
-from data_loader import PADDING, UNKNOWN, Vocabulary
+from data_loader import PADDING, UNKNOWN, Encoder, Vocabulary, pad_left
 from nextitnet import NextItNet
 from pruning import Stage
 
@@ -146,9 +145,10 @@ class Served:
 
     def read(self, path: str) -> Iterator[Tensor]:
         """The file's rows in batches (B, length) int64."""
-        encoder = Encoder(self.items.look_up)
-        for lines in read_lines(path, has_targets(path), hashlib.sha256()):
-            ids = lines.pad(encoder.encode(lines, lines.is_source))
+        encode = Encoder(self.items.look_up)
+        for lines in read_lines(path, has_targets(path)):
+            lengths = lines.counts[0]
+            ids = pad_left(encode(lines.tokens[0]), lengths, int(lengths.max()), -1)
             surplus = ids.shape[1] - self.length
             lost = ids[:, : max(surplus, 0)]
             self.cut += int(((lost >= 0) & (lost != self.padding)).any(axis=1).sum())
@@ -194,7 +194,7 @@ class Served:
 def has_targets(path: str) -> bool:
     """Whether the file is of a later task, as its first line tells; InputError if it is none that can be read twice."""
     if not os.path.isfile(path):
-        raise InputError(f"{path} does not exist, or is no file: name one with --data_path")
+        raise InputError(f"{missing(path)}, or is no file: name one with --data_path")
     with open(path, "rb") as file:
         return b",," in next((line for line in file if line.strip()), b"")
 
