@@ -31,6 +31,7 @@ def tokens(data: data_loader.TaskData) -> list[list[str]]:
 
 def test_reading_is_that_of_a_plain_split(tmp_path, monkeypatch):
     monkeypatch.setattr(line_reader, "CHUNK_BYTES", 100)  # so that lines and tokens fall on chunks' ends
+    monkeypatch.setattr(data_loader, "BLOCK_IDS", 60)
     random = np.random.default_rng(1)
     names = ["0", "7", "77", "a b", "ä", "longer than eight bytes", "longer than eight bytez", "x" * 256]
     lines = [[names[i] for i in random.integers(0, len(names), random.integers(1, 9))] for _ in range(300)]
@@ -180,6 +181,7 @@ def test_a_later_task_refuses_what_is_surely_not_meant(tmp_path, content, compla
     "content",
     [
         "0,1,0\n1,0,1\n1,1,0\n0,0,1\n",  # an item `0`, as often at the start as at the end
+        "1,1,0\n2,1,0\n3,1,0\n0,1,2\n0,2,1\n",
         "1,2,3\n4,5,0\n6,0,0\n4,0,5\n",
         "0,0,1\n0,2,3\n4,5,6\n0,8,0\n",
         'quo"ted,a\n"Heroes",b\n",c\n"d,e"\n',
