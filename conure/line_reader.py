@@ -119,7 +119,9 @@ def numbers_in(texts: list[bytes]) -> np.ndarray | None:
     So there is neither an empty token nor white space, and equal numbers are equal tokens.
     """
     text = b",".join(texts)
-    if not text or text.translate(None, b"0123456789,") or b",," in text or text.strip(b",") != text:
+    commas = np.frombuffer(text, dtype=np.uint8) == ord(",")
+    empty_token = not text or commas[0] or commas[-1] or (commas[:-1] & commas[1:]).any()
+    if empty_token or text.translate(None, b"0123456789,"):
         return None
     numbers = np.fromstring(text, dtype=np.int64, sep=",")
     highest = int(numbers.max())
