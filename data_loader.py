@@ -5,18 +5,16 @@ appearance in the file, as in the original's data_loader files. Rows of unequal 
 token `0`.
 """
 
-import ast
 import hashlib
 import io
 import os
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from conure import processes
 from conure.errors import InputError
-from conure.files import load_sealed, save_sealed, whole_file
-from conure.ttl_format import Encoder, read_lines
+from conure.files import whole_file
+from conure.line_reader import missing, read_lines
 
 import numpy as np
 import pandas as pd
@@ -26,8 +24,8 @@ from torch import Tensor
 UNKNOWN = "<UNK>"  # id 0
 PADDING = "0"  # an ordinary token to the original: it has an id, an embedding and a row in the softmax
 MAX_INDEX_BYTES = 1 << 28  # two hundred times what 646,000 numbers take
-CACHE_FROM_BYTES = 32_000_000  # smaller files are read in less than a second
-CACHE_LAYOUT = 1  # of what the cache holds
+MAX_TABLE = 1 << 24  # numbers below have a place in a table, of 64 MB at most
+BLOCK_IDS = 1 << 23  # 32 MB; the memory of smaller arrays may stay with the process once they are freed
 SPLIT_SEED = 10  # the original's np.random.seed before it shuffles the rows
 
 
@@ -43,10 +41,10 @@ class Vocabulary:
 
     def grow(self, tokens: list[str]) -> np.ndarray:
         """Ids of the tokens, all different; new ones get the next ids in order."""
-        new = [token for token in tokens if token not in self.ids]
-        self.ids.update(zip(new, range(len(self), len(self) + len(new))))
-        self.tokens += new
-        return self.look_up(tokens)
+        before = len(self)
+        ids = np.array([self.ids.setdefault(token, len(self.ids)) for token in tokens], dtype=np.int32)
+        self.tokens += [tokens[place] for place in np.flatnonzero(ids >= before)]
+        return ids
 
     def look_up(self, tokens: list[str]) -> np.ndarray:
         """Ids of the tokens, 0 for those that are not here."""
@@ -85,44 +83,63 @@ class Vocabulary:
 
 
 def read_index(path: str) -> Vocabulary:
-    """The vocabulary in index.csv: ours, or the original's Python dict literal. InputError if it is neither."""
+    """The vocabulary in index.csv, as `Vocabulary.write` writes it; InputError if it is anything else."""
     again = "run `python conure_tp_t1.py` as before, which writes it again and leaves a finished stage alone"
     if not os.path.exists(path):
-        raise InputError(f"{path} does not exist: run `python conure_tp_t1.py` first, which writes it")
+        raise InputError(f"{missing(path)}: run `python conure_tp_t1.py` first, which writes it")
     if os.path.getsize(path) > MAX_INDEX_BYTES:
         raise InputError(f"{path} has more than {MAX_INDEX_BYTES:,} bytes, so it is no item index: {again}")
     try:
         with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
-        index = _parse_literal(text) if text.startswith("{") else _parse_csv(text)
-        index = index.sort_values("id")
-        tokens = index["token"].tolist()
-        if not np.array_equal(index["id"], np.arange(len(tokens))) or tokens[:1] != [UNKNOWN]:
-            raise ValueError(f"its ids must be 0, 1, 2, … and 0 be {UNKNOWN}")
+            table = pd.read_csv(io.StringIO(file.read()), dtype=str, keep_default_na=False)
+        if list(table.columns) != ["token", "id"]:
+            raise ValueError("its first line must be `token,id`")
+        tokens = table["token"].tolist()
+        wrong_id = table["id"].to_numpy() != np.arange(len(table)).astype(str)
+        if wrong_id.any():
+            place = int(wrong_id.argmax())
+            raise ValueError(f"line {place + 2}: the id must be {place}, not {str(table['id'][place])[:40]!r}")
+        if tokens[:1] != [UNKNOWN]:
+            raise ValueError(f"the token of id 0 must be {UNKNOWN}")
         if len(set(tokens)) < len(tokens) or any("\n" in token for token in tokens):
             raise ValueError("its tokens must differ from each other and have no line ends")
-    except (ValueError, KeyError, SyntaxError) as error:
+    except (ValueError, OSError) as error:
         reason = str(error).splitlines()[0][:120]
         raise InputError(f"{path} is no item index ({reason}): {again}") from None
     return Vocabulary(tokens)
 
 
-def _parse_csv(text: str) -> pd.DataFrame:
-    return pd.read_csv(io.StringIO(text), dtype={"token": str, "id": np.int64}, keep_default_na=False)
+class Encoder:
+    """Gives tokens their ids, chunk by chunk; those of numbers are kept in a table, which no dict comes near."""
+
+    def __init__(self, ids_of: Callable[[list[str]], np.ndarray]):
+        """`ids_of` gives the ids (n,) int32 of n distinct tokens: a vocabulary's `grow` or `look_up`."""
+        self.ids_of = ids_of
+        self.table = np.empty(0, np.int32)  # number → id, -1 if it was not seen yet
+
+    def __call__(self, tokens: np.ndarray) -> np.ndarray:
+        """Ids (n,) int32 of n tokens: text, or int64 numbers that stand for their decimal text."""
+        highest = MAX_TABLE if tokens.dtype == object else int(tokens.max())
+        if highest >= MAX_TABLE:
+            codes, distinct = pd.factorize(tokens)  # in order of first appearance
+            return self.ids_of(list(map(str, distinct.tolist())))[codes]
+        if highest >= len(self.table):
+            self.table = np.pad(self.table, (0, highest + 1 - len(self.table)), constant_values=-1)
+        ids = self.table[tokens]
+        unseen = np.flatnonzero(ids < 0)
+        new = pd.unique(tokens[unseen])
+        self.table[new] = self.ids_of(new.astype(str).tolist())
+        ids[unseen] = self.table[tokens[unseen]]
+        return ids
 
 
-def _parse_literal(text: str) -> pd.DataFrame:
-    """{'token': id, …} pair by pair: as a whole it would take a hundred times its size, or be nested without end."""
-    pair = re.compile(r"""[{,]\s*u?('(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")\s*:\s*(\d{1,9})L?\s*""")
-    tokens, ids, position = [], [], 0
-    while match := pair.match(text, position):
-        token = match[1]
-        tokens.append(ast.literal_eval(token) if "\\" in token else token[1:-1])
-        ids.append(int(match[2]))
-        position = match.end()
-    if text[position:].strip() != "}":
-        raise ValueError(f"no pair of token and id at {text[position : position + 20]!r}")
-    return pd.DataFrame({"token": tokens, "id": ids})
+def pad_left(ids: np.ndarray, lengths: np.ndarray, width: int, padding: int) -> np.ndarray:
+    """Rows (n, width) of the ids of n rows, (lengths.sum(),), with padding in front of rows that are shorter."""
+    if len(ids) == len(lengths) * width:
+        return ids.reshape(len(lengths), width)
+    rows = np.full((len(lengths), width), padding, dtype=np.int32)
+    rows[np.arange(width) >= width - lengths[:, None]] = ids
+    return rows
 
 
 @dataclass
@@ -131,6 +148,7 @@ class Encoded:
 
     digest: str  # SHA-256 of the file
     rows: np.ndarray  # (U, L) int32: the sequences, padded on the left, and where targets follow, the separator 0
+    lines: np.ndarray  # (U,) int32: the line of each row, from 1
     users: np.ndarray  # (N,) int32: the row of each target; empty for task 1
     targets: np.ndarray  # (N,) int32; empty for task 1
     items: Vocabulary
@@ -143,111 +161,41 @@ def encode(
     """The file in ids; a vocabulary that is not given is made of the file's own tokens, held-out ones included.
 
     If `0` stands nowhere in a file of its own vocabulary but is needed for padding, it becomes the last item.
+    InputError names the file, and the line that cannot be read.
     """
     items, item_ids = _ids_of(items)
     target_vocabulary, target_ids = _ids_of(target_vocabulary)
-    item_encoder, target_encoder = Encoder(item_ids), Encoder(target_ids)
-    digest, table = hashlib.sha256(), RowTable()
-    users, targets = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
-    for lines in read_lines(path, with_targets, digest):
+    encode_items, encode_targets = Encoder(item_ids), Encoder(target_ids)
+    digest, lines, blocks, pieces = hashlib.sha256(), [], [], []
+    targets, target_counts = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
+    for chunk in read_lines(path, with_targets, digest):
+        lines.append(chunk.numbers)
+        pieces.append((encode_items(chunk.tokens[0]), chunk.counts[0]))
+        if sum(len(ids) for ids, _ in pieces) >= BLOCK_IDS:
+            blocks.append(tuple(map(np.concatenate, zip(*pieces))))
+            pieces = []
         if with_targets:
-            users.append((table.count + lines.rows[~lines.is_source]).astype(np.int32))
-            targets.append(target_encoder.encode(lines, ~lines.is_source))
-        part = lines.pad(item_encoder.encode(lines, lines.is_source))
-        table.add(np.pad(part, ((0, 0), (0, 1))) if with_targets else part)
-    rows = table.rows(lambda: item_ids([PADDING])[0])
-    return Encoded(digest.hexdigest(), rows, np.concatenate(users), np.concatenate(targets), items, target_vocabulary)
+            targets.append(encode_targets(chunk.tokens[1]))
+            target_counts.append(chunk.counts[1])
+    blocks += pieces
+    longest = max(int(lengths.max()) for _, lengths in blocks)
+    shortest = min(int(lengths.min()) for _, lengths in blocks)
+    padding = item_ids([PADDING])[0] if shortest < longest else 0
+    lines = np.concatenate(lines)
+    rows, end = np.zeros((len(lines), longest + with_targets), dtype=np.int32), len(lines)
+    pieces.clear()
+    while blocks:  # from the last one on, so that each is freed once it is in place
+        part = pad_left(*blocks.pop(), longest, padding)
+        rows[end - len(part) : end, :longest] = part
+        end -= len(part)
+    users = np.repeat(np.arange(len(rows) if with_targets else 0, dtype=np.int32), np.concatenate(target_counts))
+    return Encoded(digest.hexdigest(), rows, lines, users, np.concatenate(targets), items, target_vocabulary)
 
 
 def _ids_of(vocabulary: Vocabulary | None) -> tuple[Vocabulary, Callable[[list[str]], np.ndarray]]:
     """The vocabulary, or a new one that grows, and what gives the ids of tokens."""
     grown = Vocabulary()
     return (grown, grown.grow) if vocabulary is None else (vocabulary, vocabulary.look_up)
-
-
-class RowTable:
-    """Rows that come chunk by chunk, in one array that grows in place, or is copied when a longer row widens it."""
-
-    def __init__(self):
-        self.table, self.count, self.ragged = np.empty((0, 0), np.int32), 0, False
-
-    def add(self, part: np.ndarray) -> None:
-        """`part` (n, width) int32, with -1 for padding, on the left."""
-        needed, width = self.count + len(part), max(self.table.shape[1], part.shape[1])
-        self.ragged |= part.min() < 0 or 0 < self.count and part.shape[1] != self.table.shape[1]
-        if width > self.table.shape[1]:
-            narrow, self.table = self.table[: self.count], np.empty((needed, width), np.int32)
-            self._put(0, narrow)
-        elif needed > len(self.table):
-            self.table.resize((needed + needed // 8, width), refcheck=False)
-        self._put(self.count, part)
-        self.count = needed
-
-    def _put(self, start: int, part: np.ndarray) -> None:
-        place = self.table[start : start + len(part)]
-        place[:, : place.shape[1] - part.shape[1]] = -1
-        place[:, place.shape[1] - part.shape[1] :] = part
-
-    def rows(self, padding_id: Callable[[], int]) -> np.ndarray:
-        """All rows (N, longest); `padding_id` is asked for only if there is padding."""
-        self.table.resize((self.count, self.table.shape[1]), refcheck=False)
-        if self.ragged:
-            id = padding_id()
-            for start in range(0, self.count, 1 << 16):
-                block = self.table[start : start + (1 << 16)]
-                np.copyto(block, id, where=block < 0)
-        return self.table
-
-
-def read_encoded(
-    path: str, with_targets: bool, items: Vocabulary | None, target_vocabulary: Vocabulary | None = None
-) -> Encoded:
-    """As `encode`; a large file is read once, and its ids are kept in `.cache` beside it, which may be deleted."""
-    if not os.path.exists(path) or os.path.getsize(path) < CACHE_FROM_BYTES:
-        return encode(path, with_targets, items, target_vocabulary)
-    if not processes.is_main():
-        processes.wait()
-    kept = os.path.join(os.path.dirname(path), ".cache", f"{os.path.basename(path)}.pt")
-    encoded = _read_cache(kept, path, with_targets, items, target_vocabulary)
-    if encoded is None:
-        encoded = encode(path, with_targets, items, target_vocabulary)
-        _write_cache(kept, encoded, with_targets, items is None, target_vocabulary is None)
-    if processes.is_main():
-        processes.wait()
-    return encoded
-
-
-def _write_cache(kept: str, encoded: Encoded, with_targets: bool, own_items: bool, own_targets: bool) -> None:
-    """`own_items` and `own_targets`: whether the vocabulary is made of the file's own tokens."""
-    if not processes.is_main():
-        return
-    content = {"layout": CACHE_LAYOUT, "with_targets": with_targets, "own": [own_items, own_targets]}
-    content |= {
-        "digest": encoded.digest,
-        "vocabularies": [encoded.items.to_tensor(), encoded.target_vocabulary.to_tensor()],
-    }
-    content |= {name: torch.from_numpy(getattr(encoded, name)) for name in ("rows", "users", "targets")}
-    try:
-        save_sealed(kept, content)
-    except InputError as error:
-        print(f"the next start will read the data anew: {error}")
-
-
-def _read_cache(
-    kept: str, path: str, with_targets: bool, items: Vocabulary | None, target_vocabulary: Vocabulary | None
-) -> Encoded | None:
-    """What `encode` would give, memory-mapped; None if `kept` is not there, damaged, or of another file or ids."""
-    content = load_sealed(kept, mmap=True)[0] if os.path.isfile(kept) else None
-    if content is None or content.get("layout") != CACHE_LAYOUT or content["with_targets"] != with_targets:
-        return None
-    for wanted, found, own in zip((items, target_vocabulary), content["vocabularies"], content["own"]):
-        if not (own if wanted is None else torch.equal(wanted.to_tensor(), found)):
-            return None
-    with open(path, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != content["digest"]:
-            return None
-    arrays = (content[name].numpy() for name in ("rows", "users", "targets"))
-    return Encoded(content["digest"], *arrays, *map(Vocabulary.from_tensor, content["vocabularies"]))
 
 
 @dataclass
@@ -269,6 +217,7 @@ class TaskData:
     unknown_items: int  # places in the sequences, padding included, whose token is not in `items`
     unknown_targets: int
     splits: dict[str, np.ndarray]  # of example numbers: train, validation, test, and heldout = the last two
+    notes: list[str] = field(default_factory=list)  # what may not be meant
 
     def batch(self, examples: np.ndarray) -> tuple[Tensor, Tensor]:
         """Inputs (B, T) and targets (B,), int64, of these examples."""
@@ -284,6 +233,7 @@ class TaskData:
             f"{len(self.target_vocabulary):,} target ids",
             f"{len(self.targets):,} examples: {splits}",
         ]
+        lines += self.notes
         if self.unknown_items or self.unknown_targets:
             lines.append(
                 f"read as {UNKNOWN}: {self.unknown_items:,} of {self.rows.size:,} items, "
@@ -294,10 +244,13 @@ class TaskData:
 
 def load_sequences(path: str, test_fraction: float, items: Vocabulary | None = None) -> TaskData:
     """Task 1's data. Without `items` the vocabulary is made of the file's own tokens, held-out rows included."""
-    encoded = read_encoded(path, False, items)
+    encoded = encode(path, False, items)
     rows, items = encoded.rows, encoded.items
-    if rows.shape[1] < 2:
-        raise InputError(f"{path}: every sequence has one item only; task 1 needs a next item to predict")
+    notes = _check_padding(path, encoded, rows)
+    if _has_one_item(rows, items, rows[:, -1:]):
+        raise InputError(
+            f"{path}, line {encoded.lines[0]}: one item only, as in every line; task 1 needs a next item to predict"
+        )
     return TaskData(
         path=os.path.abspath(path),
         digest=encoded.digest,
@@ -310,6 +263,7 @@ def load_sequences(path: str, test_fraction: float, items: Vocabulary | None = N
         unknown_items=rows.size - np.count_nonzero(rows),
         unknown_targets=0,
         splits=_split(len(rows), test_fraction, path),
+        notes=notes,
     )
 
 
@@ -317,10 +271,17 @@ def load_examples(
     path: str, test_fraction: float, items: Vocabulary, target_vocabulary: Vocabulary | None = None
 ) -> TaskData:
     """A later task's data. Without `target_vocabulary` it is made of the file's targets, held-out ones included."""
-    encoded = read_encoded(path, True, items, target_vocabulary)
+    encoded = encode(path, True, items, target_vocabulary)
     rows, targets = encoded.rows, encoded.targets
+    notes = _check_padding(path, encoded, rows[:, :-1])
     if len(encoded.target_vocabulary) < 3:
         raise InputError(f"{path}: every target is the same; a task needs at least two to tell apart")
+    item = rows[0, -2]
+    if item and _has_one_item(rows[:, :-1], items, item):
+        raise InputError(
+            f"{path}, line {encoded.lines[0]}: the item `{items.tokens[item]}` alone, as in every line; a task needs "
+            "sequences that tell users apart"
+        )
     return TaskData(
         path=os.path.abspath(path),
         digest=encoded.digest,
@@ -333,7 +294,46 @@ def load_examples(
         unknown_items=rows.size - np.count_nonzero(rows) - len(rows),
         unknown_targets=len(targets) - np.count_nonzero(targets),
         splits=_split(len(targets), test_fraction, path),
+        notes=notes,
     )
+
+
+def _check_padding(path: str, encoded: Encoded, sequences: np.ndarray) -> list[str]:
+    """A note on rows (U, L) that hold padding alone; InputError if most do, or if padding is on the right.
+
+    `0` may be an item too. So it is taken for padding on the right only if most rows end with it and do not start with
+    it, or a tenth of them (three or more) end with two of it; and if they are more than twice as many as those that
+    start with it and do not end with it.
+    """
+    padding = encoded.items.ids.get(PADDING)
+    if padding is None:
+        return []
+    first, last = sequences[:, 0] == padding, sequences[:, -1] == padding
+    right, left = last & ~first, first & ~last
+    twice = right & (sequences[:, -2:] == padding).all(axis=1)
+    often = 2 * right.sum() > len(right) or twice.sum() >= max(3, len(right) / 10)
+    if often and right.sum() > 2 * left.sum():
+        raise InputError(
+            f"{path}, line {encoded.lines[right.argmax()]}: padding (`{PADDING}`) at the end, as in {right.sum():,} of "
+            f"{len(right):,} lines: remove it, as shorter rows are padded on the left when they are read"
+        )
+    alone = np.flatnonzero(first & last)
+    alone = alone[(sequences[alone] == padding).all(axis=1)]
+    if len(alone) == 0:
+        return []
+    share = f"as in {len(alone):,} of {len(sequences):,} lines"
+    where = f"{path}, line {encoded.lines[alone[0]]}: nothing but padding (`{PADDING}`), {share}"
+    if 2 * len(alone) > len(sequences):
+        raise InputError(f"{where}: give each user a sequence of items")
+    return [where]
+
+
+def _has_one_item(rows: np.ndarray, items: Vocabulary, item: np.ndarray) -> bool:
+    """Whether all rows (U, L) hold nothing but `item`, (U, 1) or one for all, and padding."""
+    padding = items.ids.get(PADDING, -1)
+    blocks = (slice(start, start + 4096) for start in range(0, len(rows), 4096))  # most often the first one tells
+    item = np.broadcast_to(item, (len(rows), 1))
+    return all(((rows[block] == item[block]) | (rows[block] == padding)).all() for block in blocks)
 
 
 def _split(count: int, test_fraction: float, path: str) -> dict[str, np.ndarray]:

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from conure import launch
 from conure.errors import InputError
+from conure.line_reader import MAX_LINE_TOKENS
 from conure.settings import Count, Length, UpTo1
-from conure.ttl_format import MAX_LINE_TOKENS
 
 import numpy as np
 import pandas as pd

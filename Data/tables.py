@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from conure.errors import InputError
-from conure.ttl_format import MAX_TOKEN_BYTES
+from conure.line_reader import MAX_TOKEN_BYTES
 
 import numpy as np
 import pandas as pd

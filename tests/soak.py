@@ -22,7 +22,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from conure import checkpoint, ttl_format
+from conure import checkpoint, line_reader
 from conure.errors import InputError
 
 from conftest import FILES, STAGES, flags, run_module
@@ -164,9 +164,8 @@ def read_plainly(content: bytes) -> list[tuple[list[str], list[str]]] | int:
             wrong.append(number)
             continue
         tokens = [token.strip(" \t\r") for token in text.split(",")]
-        if any(ord(character) < 32 for token in tokens for character in token):
-            wrong.append(number)
-        elif any(len(token.encode()) > ttl_format.MAX_TOKEN_BYTES for token in tokens):
+        control = any(ord(character) < 32 for token in tokens for character in token)
+        if control or any(len(token.encode()) > line_reader.MAX_TOKEN_BYTES for token in tokens):
             wrong.append(number)
         elif tokens != [""]:
             tokens = tokens[:-1] if tokens[-1] == "" else tokens
@@ -179,7 +178,7 @@ def read_plainly(content: bytes) -> list[tuple[list[str], list[str]]] | int:
 
 def rows(folder: Path, tried: int) -> dict[str, int]:
     """Mutated data files: each is read as a plain parser reads it, or refused with file and line."""
-    dice, wrong = random.Random(3), 0
+    dice, wrong, chunk_bytes = random.Random(3), 0, line_reader.CHUNK_BYTES
     pieces = [b",", b",,", b"\n", b"\r\n", b" ", b"\t", b"0", b"abc", "ä€".encode(), b"\xff", b"\0", b"\x1b", b'"',
               b"\r", b"\xef\xbb\xbf", b"x" * 300, b"1,2,,3", b"<UNK>", b"longer than eight"]  # fmt: skip
     path = folder / "rows.csv"
@@ -191,12 +190,11 @@ def rows(folder: Path, tried: int) -> dict[str, int]:
         path.write_bytes(content)
         expected = read_plainly(content)
         try:
-            items = data_loader.Vocabulary(
-                ["<UNK>"] + sorted({token for line in expected for token in line[0]} - {"<UNK>"})
-            )
+            known = {token for line in expected for token in line[0]} - {"<UNK>"}
+            items = data_loader.Vocabulary(["<UNK>", *sorted(known)])
         except TypeError:
             items = data_loader.Vocabulary()
-        ttl_format.CHUNK_BYTES = dice.choice((40, 1 << 20))
+        line_reader.CHUNK_BYTES = dice.choice((40, chunk_bytes))
         try:
             data = data_loader.load_examples(str(path), 0.2, items)
             read = []
@@ -210,7 +208,7 @@ def rows(folder: Path, tried: int) -> dict[str, int]:
         except InputError as error:
             right = isinstance(expected, int) and f"{path}, line " in str(error)
         wrong += not right
-    ttl_format.CHUNK_BYTES = 16 << 20
+    line_reader.CHUNK_BYTES = chunk_bytes
     return {"tried": tried, "wrong": wrong}
 
 

@@ -1,10 +1,11 @@
 """Files → ids → examples; negative samplers."""
 
 import os
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from conure import samplers, ttl_format
+from conure import line_reader, samplers
 from conure.errors import InputError
 from conure.files import load_sealed, save_sealed
 from conure.samplers import LogUniformSampler, TargetSampler
@@ -29,13 +30,14 @@ def tokens(data: data_loader.TaskData) -> list[list[str]]:
 
 
 def test_reading_is_that_of_a_plain_split(tmp_path, monkeypatch):
-    monkeypatch.setattr(ttl_format, "CHUNK_BYTES", 100)  # so that lines and tokens fall on chunks' ends
+    monkeypatch.setattr(line_reader, "CHUNK_BYTES", 100)  # so that lines and tokens fall on chunks' ends
+    monkeypatch.setattr(data_loader, "BLOCK_IDS", 60)
     random = np.random.default_rng(1)
     names = ["0", "7", "77", "a b", "ä", "longer than eight bytes", "longer than eight bytez", "x" * 256]
     lines = [[names[i] for i in random.integers(0, len(names), random.integers(1, 9))] for _ in range(300)]
     data = sequences(tmp_path, "".join(",".join(line) + "\n" for line in lines))
     assert tokens(data) == [["0"] * (8 - len(line)) + line for line in lines]
-    assert data.items.tokens == ["<UNK>"] + list(dict.fromkeys(token for line in lines for token in line))
+    assert data.items.tokens == ["<UNK>", *dict.fromkeys(token for line in lines for token in line)]
 
 
 @pytest.mark.parametrize(
@@ -44,15 +46,18 @@ def test_reading_is_that_of_a_plain_split(tmp_path, monkeypatch):
         ["7", "70", "700", "1", "10", "16777216", "16777217", "16777215", "99999999", "0", "2"],
         ["7", "07", "007", "0", "00", "70", "1"],
         ["12345678", "123456789", "1234567812345678", "12345678a", "8", "é", "é8", "1a", "a1"],
+        ["5", "+5", "-5", "5.0", "5e0", "0x5", "1_0", "10", "NA", "nan", "null", "True", "#5", "'5'", "٥"],
+        ["9223372036854775807", "9223372036854775808", "99999999999999999999", "999999999999999999", "7"],
     ],
 )
 def test_different_tokens_have_different_ids(tmp_path, monkeypatch, distinct):
     """In pieces of few lines too, so that what is remembered of one serves the next."""
+    rows = [[token, token] for token in distinct + distinct[::-1]] + [distinct[:2]]
     for size in (8, 1 << 24):
-        monkeypatch.setattr(ttl_format, "CHUNK_BYTES", size)
-        data = sequences(tmp_path, "".join(f"{token},{token}\n" for token in distinct + distinct[::-1]))
+        monkeypatch.setattr(line_reader, "CHUNK_BYTES", size)
+        data = sequences(tmp_path, "".join(",".join(row) + "\n" for row in rows))
         assert data.items.tokens == ["<UNK>", *distinct]
-        assert tokens(data) == [[token, token] for token in distinct + distinct[::-1]]
+        assert tokens(data) == rows
 
 
 def test_short_rows_are_padded_on_the_left_and_zero_is_the_last_item_if_the_file_has_none(tmp_path):
@@ -72,37 +77,6 @@ def test_files_are_read_as_anyone_would_mean_them(tmp_path, content):
     assert tokens(sequences(tmp_path, content)) == [list("123"), list("456"), list("789"), list("123")]
 
 
-def same(one: data_loader.TaskData, other: data_loader.TaskData) -> bool:
-    arrays = all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("rows", "users", "targets"))
-    tokens = all(getattr(one, name).tokens == getattr(other, name).tokens for name in ("items", "target_vocabulary"))
-    return arrays and tokens and (one.digest, one.padding_id) == (other.digest, other.padding_id)
-
-
-def test_a_large_file_is_read_once_and_then_from_its_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_loader, "CACHE_FROM_BYTES", 0)
-    first = sequences(tmp_path, "7,8,9\n8,x\n9\n7,7\n")
-    later = tmp_path / "task2.csv"
-    later.write_text("7,8,,a,b\n9,,b\n7,,a\n")
-    examples = data_loader.load_examples(str(later), 0.5, first.items)
-    kept = tmp_path / ".cache" / "task1.csv.pt"
-
-    with monkeypatch.context() as patched:
-        patched.setattr(data_loader, "encode", None)  # not called
-        assert same(data_loader.load_sequences(str(tmp_path / "task1.csv"), 0.5), first)
-        assert same(data_loader.load_sequences(str(tmp_path / "task1.csv"), 0.5, first.items), first)
-        assert same(data_loader.load_examples(str(later), 0.5, first.items), examples)
-        assert same(data_loader.load_examples(str(later), 0.5, first.items, examples.target_vocabulary), examples)
-
-    other = Vocabulary(["<UNK>", "9", "7", "0"])  # the same file in other ids
-    assert data_loader.load_examples(str(later), 0.5, other).rows.tolist() == [[2, 0, 0], [3, 1, 0], [3, 2, 0]]
-    with pytest.raises(InputError, match="no `,,`"):
-        data_loader.load_examples(str(tmp_path / "task1.csv"), 0.5, first.items)
-    kept.write_bytes(kept.read_bytes()[:-100] + b"?" * 100)
-    assert same(data_loader.load_sequences(str(tmp_path / "task1.csv"), 0.5), first)  # damaged: read anew
-    (tmp_path / "task1.csv").write_text("7,8,8\n8,x\n9\n7,7\n")
-    assert data_loader.load_sequences(str(tmp_path / "task1.csv"), 0.5).digest != first.digest
-
-
 def test_writers_of_one_file_wait_for_each_other(tmp_path):
     path = str(tmp_path / "shared.pt")
 
@@ -114,13 +88,6 @@ def test_writers_of_one_file_wait_for_each_other(tmp_path):
     with ThreadPoolExecutor(6) as pool:
         assert all(pool.map(write, range(60)))
     assert os.listdir(tmp_path) == ["shared.pt"]
-
-
-def test_without_room_for_a_cache_the_data_is_read_all_the_same(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data_loader, "CACHE_FROM_BYTES", 0)
-    (tmp_path / ".cache").write_text("a file where the folder should be")
-    assert len(sequences(tmp_path, "1,2\n2,3\n3,4\n4,5\n").rows) == 4
-    assert "the next start will read" in capsys.readouterr().out
 
 
 def test_later_tasks_give_one_example_for_each_target(tmp_path):
@@ -168,14 +135,99 @@ def test_task_1_refuses_what_is_no_sequence(tmp_path, content):
         sequences(tmp_path, content)
 
 
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        (
+            "1,2,3,0,0\n4,5,0,0,0\n6,7,8,9,0\n1,2,3,4,5\n",
+            "line 1: padding (`0`) at the end, as in 3 of 4 lines: remove it",
+        ),
+        ("1,2,3\n4,5,6\n" * 8 + "1,0,0\n" * 3, "line 17: padding (`0`) at the end, as in 3 of 19 lines"),
+        ("1,2,3\n" + "0,0,0\n" * 3, "line 2: nothing but padding (`0`), as in 3 of 4 lines"),
+        ("7,7,7\n" * 4, "line 1: one item only, as in every line"),
+        ("\n7,7,7\n8,8,8\n9,9\n0,0,5\n", "line 2: one item only, as in every line"),
+        ("user,item,rating,day\n1,2,3.5,2001-01-31\n2,1,-1,2001-01-30\n", "line 1: names above lines of numbers"),
+        ("user_id,item_id\n1,2\n3,4\n5,6\n", "line 1: names above lines of numbers, which would be read as a user; "),
+        ('"1","2"\n"3","4"\n"5","6"\n', "line 1: quotes around tokens, of which they would be a part; write the file"),
+        ('0,0,"a b"\n0,"c","d"\n"e","f","g"\n', "line 1: quotes around tokens"),
+        ('"1,2"\n"3,4"\n"5,6"\n', "line 1: quotes around tokens"),
+    ],
+)
+def test_what_is_surely_not_meant_is_refused_with_its_line(tmp_path, content, complaint):
+    with pytest.raises(InputError) as error:
+        sequences(tmp_path, content)
+    assert complaint in str(error.value) and f"{tmp_path}/task1.csv, line " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        ("1,2,0,0,,x\n3,0,0,0,,y\n4,5,6,7,,x\n", "line 1: padding (`0`) at the end, as in 2 of 3 lines"),
+        ("1,2,,x\n0,0,,y\n0,0,,x\n", "line 2: nothing but padding (`0`), as in 2 of 3 lines"),
+        ("1,1,,x\n1,,y\n1,1,,y\n1,1,,x\n", "line 1: the item `1` alone, as in every line"),
+        ("history,,target\n1,2,,x\n2,,y\n", "line 1: names above lines of numbers"),
+        ('"1","2",,"x"\n"2","1",,"y"\n', "line 1: quotes around tokens"),
+        ('1,2,,"x"\n2,1,,"y"\n', "line 1: quotes around tokens"),
+    ],
+)
+def test_a_later_task_refuses_what_is_surely_not_meant(tmp_path, content, complaint):
+    (tmp_path / "task2.csv").write_text(content)
+    with pytest.raises(InputError) as error:
+        data_loader.load_examples(str(tmp_path / "task2.csv"), 0.5, Vocabulary(["<UNK>", *"0123456789"]))
+    assert f"{tmp_path}/task2.csv, {complaint}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "0,1,0\n1,0,1\n1,1,0\n0,0,1\n",  # an item `0`, as often at the start as at the end
+        "1,1,0\n2,1,0\n3,1,0\n0,1,2\n0,2,1\n",
+        "1,2,3\n4,5,0\n6,0,0\n4,0,5\n",
+        "0,0,1\n0,2,3\n4,5,6\n0,8,0\n",
+        'quo"ted,a\n"Heroes",b\n",c\n"d,e"\n',
+        "a,b\nc,7\n8,9\n1,2\n",
+        "item,other\n1,2\n3,x\n4,5\n",
+        "7,7\n8,8\n8,9\n9,9\n",
+    ],
+)
+def test_what_may_be_meant_is_read_without_a_word(tmp_path, content):
+    data = sequences(tmp_path, content)
+    assert tokens(data) == [line.split(",") for line in content.split()] and data.notes == []
+
+
+def test_a_few_rows_of_padding_alone_are_noted(tmp_path):
+    data = sequences(tmp_path, "1,2,3\n0,0,0\n4,5,6\n7,8,9\n")
+    assert data.describe()[-1] == f"{tmp_path}/task1.csv, line 2: nothing but padding (`0`), as in 1 of 4 lines"
+
+
+def test_a_missing_relative_path_is_named_with_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path, said in (("no.csv", f"no.csv does not exist in {tmp_path}: "), ("/no.csv", "/no.csv does not exist: ")):
+        for load in (lambda path: data_loader.load_sequences(path, 0.2), data_loader.read_index):
+            with pytest.raises(InputError) as error:
+                load(path)
+            assert str(error.value).startswith(said)
+
+
+def test_a_big_file_takes_at_most_three_times_its_array(tmp_path, monkeypatch):
+    """Whatever its form: numbers, text, rows of unequal length."""
+    monkeypatch.setattr(line_reader, "CHUNK_BYTES", 1 << 16)
+    ids = np.random.default_rng(1).integers(1, 1000, (20_000, 20)).astype(str).tolist()
+    for rows in (ids, [row[place % 15 :] for place, row in enumerate(ids)], [["a b", *row] for row in ids]):
+        content = "".join(",".join(row) + "\n" for row in rows)
+        tracemalloc.start()
+        data = sequences(tmp_path, content)
+        peak = tracemalloc.get_traced_memory()[1] - len(content)
+        tracemalloc.stop()
+        assert peak < 3 * (data.rows.nbytes + data.targets.nbytes)
+
+
 def test_the_index_is_written_and_read_back(tmp_path):
     path = str(tmp_path / "index.csv")
     items = Vocabulary(["<UNK>", 'quo"ted', "NA", "007", "ä", "it's", "back\\slash"])
     items.write(path, overwrite=False)
     items.write(path, overwrite=False)
     assert Path(path).read_text().splitlines()[:2] == ["token,id", "<UNK>,0"]
-    assert data_loader.read_index(path).ids == items.ids
-    Path(path).write_text(repr(items.ids))
     assert data_loader.read_index(path).ids == items.ids
     assert Vocabulary.from_tensor(items.to_tensor()).tokens == items.tokens
 
@@ -185,7 +237,7 @@ def test_the_index_of_other_data_is_kept_unless_it_is_to_be_overwritten(tmp_path
     path, others = tmp_path / "index.csv", Vocabulary(["<UNK>", "b", "a"])
     Vocabulary(["<UNK>", "a", "b"]).write(str(path), overwrite=False)
     before = path.read_bytes()
-    with pytest.raises(InputError, match="ids of other data.* another --index_path"):
+    with pytest.raises(InputError, match=r"ids of other data.* another --index_path"):
         others.write(str(path), overwrite=False)
     assert path.read_bytes() == before
     others.write(str(path), overwrite=True)
@@ -194,15 +246,22 @@ def test_the_index_of_other_data_is_kept_unless_it_is_to_be_overwritten(tmp_path
 
 @pytest.mark.parametrize(
     "content",
-    ["{'<UNK>': 0, 'a': 2}", "{'<UNK>': 0, 'a': __import__('os').system('true')}", "{'a': 0}", "{1: 0}", "{'<UNK>': 0",
-     "token,id\n<UNK>,0\na,2\n", "token,id\n<UNK>,0\na,1\na,2\n", "token,id\n<UNK>,zero\n", "what,ever\n1,2\n", "",
-     "{" * 9999],
+    ["{'<UNK>': 0, 'a': 1}", "token,id\na,0\n", "token,id\n<UNK>,0\na,2\n", "token,id\n<UNK>,0\na,1\na,2\n",
+     "token,id\n", "token,id\n<UNK>,zero\n", "token,id\n<UNK>,0\na\n", "token,id\n<UNK>,0\na,1,1\n", "what,ever\n1,2\n",
+     "", "{" * 9999, "\0", "token,id\n<UNK>,0\n\"a\nb\",1\n"],
 )  # fmt: skip
-def test_what_is_no_index_is_refused(tmp_path, content):
+def test_what_is_no_index_is_refused_with_harmless_advice(tmp_path, content):
     path = tmp_path / "index.csv"
     path.write_text(content)
-    with pytest.raises(InputError, match="is no item index"):
+    with pytest.raises(InputError, match="is no item index") as error:
         data_loader.read_index(str(path))
+    assert "run `python conure_tp_t1.py` as before" in str(error.value) and "overwrite" not in str(error.value)
+
+
+def test_a_number_of_twenty_digits_in_the_index_is_one_line(tmp_path):
+    (tmp_path / "index.csv").write_text("token,id\n<UNK>,0\na,99999999999999999999\n")
+    with pytest.raises(InputError, match="line 3: the id must be 1, not '99999999999999999999'"):
+        data_loader.read_index(str(tmp_path / "index.csv"))
 
 
 def test_log_uniform_negatives_are_distinct_and_as_frequent_as_expected():

@@ -6,7 +6,7 @@ import sys
 import tracemalloc
 from pathlib import Path
 
-from conure import checkpoint, files, ttl_format
+from conure import checkpoint, files, line_reader
 
 import numpy as np
 import pandas as pd
@@ -119,7 +119,7 @@ def test_rows_of_any_form_are_read_as_training_reads_them(chain, serving, tool, 
         "sequences": [row, short, "never seen,2,3", f"9,9,{row}"],
         "examples": [f"{row},,clicks0_1", f"{','.join(['0'] * 17)},{short},,x,y", "not seen,2,3,,7", f"8,{row},,1"],
     }
-    monkeypatch.setattr(ttl_format, "CHUNK_BYTES", 16)  # so that every row comes in a chunk of its own
+    monkeypatch.setattr(line_reader, "CHUNK_BYTES", 16)  # so that every row comes in a chunk of its own
     users = []
     for name, lines in forms.items():
         (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
@@ -133,7 +133,7 @@ def test_rows_of_any_form_are_read_as_training_reads_them(chain, serving, tool, 
 
 def test_memory_does_not_grow_with_the_rows(chain, serving, tool, tmp_path, monkeypatch):
     served, lines = serving(2), (chain[0] / "Data" / FILES[1]).read_text()
-    monkeypatch.setattr(ttl_format, "CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(line_reader, "CHUNK_BYTES", 1 << 16)
     peaks = []
     for copies in (1, 2, 20):  # the first loads what is loaded once
         (tmp_path / "rows").write_text(lines * copies)

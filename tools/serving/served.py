@@ -1,6 +1,5 @@
 """Serves a task from its file: reads rows of tokens, returns user representations and the best targets."""
 
-import hashlib
 import itertools
 import os
 from collections.abc import Iterator
@@ -8,16 +7,16 @@ from dataclasses import dataclass
 
 from conure.errors import InputError
 from conure.files import check_output
+from conure.line_reader import missing, read_lines
 from conure.matmul import wide_linear
 from conure.metrics import EVALUATION_BATCH, SCORES_AT_ONCE
 from conure.settings import Device, Task
-from conure.ttl_format import Encoder, read_lines
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_loader import PADDING, UNKNOWN, Vocabulary
+from data_loader import PADDING, UNKNOWN, Encoder, Vocabulary, pad_left
 from pruning import Stage
 from tools.serving.file import build_model, load, path_of
 
@@ -75,9 +74,10 @@ class Served:
 
     def read(self, path: str) -> Iterator[Tensor]:
         """The file's rows in batches (B, length) int64."""
-        encoder = Encoder(self.items.look_up)
-        for lines in read_lines(path, has_targets(path), hashlib.sha256()):
-            ids = lines.pad(encoder.encode(lines, lines.is_source))
+        encode = Encoder(self.items.look_up)
+        for lines in read_lines(path, has_targets(path)):
+            lengths = lines.counts[0]
+            ids = pad_left(encode(lines.tokens[0]), lengths, int(lengths.max()), -1)
             surplus = ids.shape[1] - self.length
             lost = ids[:, : max(surplus, 0)]
             self.cut += int(((lost >= 0) & (lost != self.padding)).any(axis=1).sum())
@@ -123,7 +123,7 @@ class Served:
 def has_targets(path: str) -> bool:
     """Whether the file is of a later task, as its first line tells; InputError if it is none that can be read twice."""
     if not os.path.isfile(path):
-        raise InputError(f"{path} does not exist, or is no file: name one with --data_path")
+        raise InputError(f"{missing(path)}, or is no file: name one with --data_path")
     with open(path, "rb") as file:
         return b",," in next((line for line in file if line.strip()), b"")
 
