@@ -1,6 +1,5 @@
 """What the benchmarks share: BENCH lines and rows of results, the machine's name and its matrix rate."""
 
-import csv
 import datetime
 import os
 import platform
@@ -12,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 WARM_UP = 3  # calls that are not timed
@@ -22,14 +22,9 @@ def report(what: str, output: str, **values: Any) -> None:
     shown = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in values.items()}
     print("BENCH", " ".join(f"{name}={value}" for name, value in ({"what": what} | shown).items()), flush=True)
     row = {"date": datetime.date.today().isoformat(), "machine": machine(), "torch": str(torch.__version__)} | shown
-    if not output:
-        return
-    new = not Path(output).exists()
-    with open(output, "a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    if output:
+        earlier = [pd.read_csv(output, dtype=str)] if Path(output).exists() else []
+        pd.concat([*earlier, pd.DataFrame([row])]).to_csv(output, index=False)
 
 
 def machine() -> str:

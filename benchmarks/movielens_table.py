@@ -11,7 +11,7 @@ from conure import checkpoint
 
 import numpy as np
 
-# shared/reference/results_ml-1m-half.md: the original's last state; it has no score between pruning and retraining.
+# tests/reference/results_ml-1m-half.md: the original's last state; it has no score between pruning and retraining.
 ORIGINAL = {
     (1, "tp"): "0.0560", (1, "ret"): "0.0670", (2, "tp"): "0.0046", (2, "ret"): "0.0051",
     (3, "tp"): "0.0123", (3, "ret"): "0.0133", (4, "tp"): "0.7227", (4, "ret"): "0.7188",
