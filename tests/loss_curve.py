@@ -1,5 +1,7 @@
 """Runs a script as usual and writes the loss of every step: loss_curve.py OUTPUT SCRIPT [--flag …]."""
 
+# ruff: noqa: E402  (the path comes before the imports that are found by it)
+
 import json
 import os
 import runpy
