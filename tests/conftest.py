@@ -1,6 +1,5 @@
 """Tests import the modules from the project's root, and run the scripts there as a user does."""
 
-import gc
 import runpy
 import subprocess
 import sys
@@ -52,7 +51,6 @@ def run_here(monkeypatch, capsys):
     """Runs a script or, as `python -m`, a module in this process: returns exit code, what it printed, and its errors."""
 
     def run(name: str, *arguments: str) -> tuple[int, str, str]:
-        gc.collect()  # the last call's run, and with it its lock on the folder
         monkeypatch.setattr(sys, "argv", [name, *arguments])
         monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
         with pytest.raises(SystemExit) as end:

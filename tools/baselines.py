@@ -28,7 +28,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from conure import checkpoint, launch, losses, metrics, training
+from conure import checkpoint, launch, losses, metrics
+from conure.device import pick_device
 from conure.errors import InputError
 from conure.files import whole_file
 
@@ -228,7 +229,7 @@ class Comparison(study.Study):
 
     def evaluate(self, content: dict[str, Any]) -> dict[int, dict[str, float]]:
         """The test scores of all tasks that a model has learned, as they are now."""
-        device = training.pick_device(self.hp.device)
+        device = pick_device(self.hp.device)
         model = checkpoint.build_model(content).to(device)
         scores = {}
         for number, record in content["tasks"].items():

@@ -9,8 +9,8 @@ import os
 from dataclasses import dataclass
 
 from conure import launch
+from conure.device import pick_device
 from conure.files import whole_file
-from conure.training import pick_device
 
 from tools.report import chain, history
 
