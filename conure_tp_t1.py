@@ -40,7 +40,6 @@ class Hyperparameters(Running):
 def main(hp: Hyperparameters) -> None:
     data = data_loader.load_sequences(hp.data_path, hp.test_fraction)
     run = training.Run(hp, Stage(1, "tp"), data)
-    data.items.write(hp.index_path, hp.overwrite)
     run.train(losses.next_item(hp, data))
     run.prune()
     run.save()

@@ -1,8 +1,10 @@
 """Scores every learned task again, and says whether anything was forgotten.
 
 READS  the newest checkpoint in checkpoint_dir (or the one named), and the data file of each task, which it records
-PRINTS a RESULT line per task; behind it the scores recorded when the task was learned, and whether they are the same
-EXITS  with 0 if all are the same, with 1 if any differs
+PRINTS a RESULT line per task; behind it the scores recorded when the task was learned, and whether the weights that it
+       reads and its scores are the same
+EXITS  with 0 if nothing was forgotten, with 1 if weights that a task reads have changed, or if scores differ by more
+       than another machine or version of torch can explain
 NEXT   python -m tools.report, to look at it; python -m tools.export, to use a task
 """
 
@@ -12,9 +14,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from conure import checkpoint, launch, rescoring
+from conure.device import pick_device
+from conure.fingerprint import fingerprints
 from conure.reporting import result_line
 from conure.settings import Device
-from conure.training import pick_device
+
+# By how much scores may differ between machines, where a last bit decides between items that score alike: a number, or
+# so many rows of a small test part.
+ROUNDING, ROUNDED_ROWS = 1e-3, 2
 
 
 @dataclass
@@ -26,25 +33,40 @@ class Hyperparameters:
     device: Device = "auto"  # auto: cuda if there is a GPU
 
 
+def verdict(intact: bool, scores: dict[str, float], recorded: dict[str, float]) -> str:
+    """`intact`: whether all that the task reads is as it was when the task was learned."""
+    difference = max(abs(scores[name] - recorded[name]) for name in recorded)
+    if not intact:
+        return f"DIFFERS: what the task reads has changed, and its scores by up to {difference:.1g}"
+    if difference > max(ROUNDING, ROUNDED_ROWS / recorded["n"]):
+        return f"DIFFERS by {difference:.1g} with bit-identical weights: the code has changed"
+    return f"bit-identical weights; the score differs by {difference:.1g}" if difference else "same"
+
+
 def main(hp: Hyperparameters) -> int:
     path = hp.checkpoint or checkpoint.newest(hp.checkpoint_dir)
     print(f"checkpoint: {path}")
     content, _ = checkpoint.load(path)
-    device = pick_device(hp.device)
-    model = checkpoint.build_model(content)
-    changed = 0
+    model, device = checkpoint.build_model(content), pick_device(hp.device)
+    reads, verdicts = fingerprints(model, content), []
     for task, record in sorted(content["tasks"].items()):
         scores = rescoring.score(task, content, model, hp.data_dir, device)[hp.split]
         recorded = record["results"][record["state"]][hp.split]
-        same = scores == recorded
-        changed += not same
+        verdicts.append(verdict(reads[task] == record["fingerprint"], scores, recorded))
         row = {"task": task, "state": record["state"], "split": hp.split, "epoch": record["epoch"], **scores}
         then = result_line({name: value for name, value in recorded.items() if name != "n"}).removeprefix("RESULT ")
-        print(result_line(row | {"seconds": record["seconds"]}), "recorded", then, "same" if same else "DIFFERS")
+        print(result_line(row | {"seconds": record["seconds"]}), "recorded", then, verdicts[-1])
+    changed = sum("DIFFERS" in each for each in verdicts)
     if changed:
-        print(f"{changed} of {len(content['tasks'])} tasks score otherwise than when they were learned")
-    else:
+        print(f"{changed} of {len(verdicts)} tasks differ from what was learned")
+    elif set(verdicts) == {"same"}:
         print("nothing forgotten: every task scores exactly as when it was learned")
+    else:
+        libraries = ", ".join(" ".join(each) for each in content["versions"].items())
+        print(
+            "nothing forgotten: the weights that the tasks read are bit-identical; the rest comes from another device,"
+        )
+        print(f"machine or version of its libraries than those that wrote the checkpoint ({libraries})")
     folder = os.path.dirname(path) or "."
     given = f" --checkpoint_dir {shlex.quote(folder)}" if folder != Hyperparameters.checkpoint_dir else ""
     print(f"next: python -m tools.report{given}, to look at it; python -m tools.export{given}, to use a task")

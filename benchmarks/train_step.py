@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from conure import launch, losses, samplers, training
+from conure.device import PRECISIONS, make_deterministic
+from conure.objective import Objective
 from conure.settings import Below1, Count, Dilations, KernelSize, Length, Range, Task, UpTo1, Width
 
 import torch
@@ -99,13 +101,13 @@ def megabytes(module: torch.nn.Module) -> float:
 
 def ways_to_step(hp: Hyperparameters, model: NextItNet, time: int) -> dict[str, Callable[[], None]]:
     """Ours and, to compare, the others; all with one batch, as its content does not matter to the time."""
-    stage, precision = Stage(hp.task, "tp"), training.PRECISIONS[hp.precision] or torch.float32
+    stage, precision = Stage(hp.task, "tp"), PRECISIONS[hp.precision] or torch.float32
     inputs = torch.randint(1, hp.items, (hp.batch_size, time))
     batch = inputs, torch.randint(1, hp.items if hp.task == 1 else hp.targets, (hp.batch_size,))
     loss, generator = make_loss(hp), torch.Generator().manual_seed(10)
 
     def step_of(model: NextItNet) -> Callable[[], None]:
-        objective = training.Objective(loss, model, stage, generator, precision)
+        objective = Objective(loss, model, stage, generator, precision)
         return stepper(objective, model.train_only(stage), batch)
 
     steps = {"ours": step_of(model)}
@@ -125,11 +127,11 @@ def ways_to_step(hp: Hyperparameters, model: NextItNet, time: int) -> dict[str, 
 
 def main(hp: Hyperparameters) -> None:
     torch.manual_seed(10)
-    training.make_deterministic(bench.device())
+    make_deterministic(bench.device())
     time = hp.length - 1 if hp.task == 1 else hp.length + 1
     model = make_model(hp)
     steps = ways_to_step(hp, model, time)
-    precision = training.PRECISIONS[hp.precision] or torch.float32
+    precision = PRECISIONS[hp.precision] or torch.float32
     rate = bench.matmul_gflops(precision)
     seconds = bench.take_turns(steps, hp.steps)
     rate = max(rate, bench.matmul_gflops(precision))  # before and after

@@ -7,11 +7,16 @@
     architecture  the arguments of NextItNet
     model         state dict: weights, owner maps, heads, on the CPU
     items         the item vocabulary, as one uint8 tensor
-    tasks         for each task learned so far: its data, length of rows, targets, prune ratio, hyperparameters, results
+    tasks         for each task learned so far: its data, length of rows, targets, prune ratio, hyperparameters,
+                  results, and the fingerprint of all that it reads
     versions      of Python and the packages
 
 A snapshot is a file of the same kind, with the state of a stage that is under way in place of model and tasks. The
 last line of each file is the SHA-256 of all bytes before it, checked before anything is unpickled.
+
+Of each task's data a file keeps the absolute path, `data_path`, and the path from its own folder, `data_beside`. `load`
+sets the first by the second where there is such a file, so that a copied project reads its own data, and otherwise
+notes `data_left_behind`.
 """
 
 import os
@@ -77,6 +82,22 @@ def newest(folder: str) -> str:
     return os.path.join(folder, names[-1])
 
 
+def after(path: str) -> list[str]:
+    """The names of the checkpoints in the same folder that come after the one at `path`, along the chain."""
+    return [name for name in in_folder(os.path.dirname(path)) if order_of(name) > order_of(path)]
+
+
+def again(names: list[str]) -> str:
+    """Which scripts make these checkpoints anew, for messages."""
+    return f"run again, in this order, with --overwrite: {', '.join(script_of(stage_of(name)) for name in names)}"
+
+
+def redo(path: str) -> str:
+    """What makes the checkpoint at `path` anew, and all that become stale with it, for messages."""
+    later = f", then {again(after(path))}" if after(path) else ""
+    return f"run `python {script_of(stage_of(path))} --overwrite`{later}"
+
+
 def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
@@ -88,7 +109,11 @@ def versions() -> dict[str, str]:
 
 def save(path: str, content: dict[str, Any]) -> None:
     """Writes a checkpoint or snapshot with its digest; InputError, and the file as it was, if the disk is full."""
-    head = {"format": FORMAT, "name": os.path.basename(path), "versions": versions()}
+    head, folder = {"format": FORMAT, "name": os.path.basename(path), "versions": versions()}, os.path.dirname(path)
+    if "tasks" in content:
+        records = content["tasks"].items()
+        beside = {task: {"data_beside": os.path.relpath(record["data_path"], folder)} for task, record in records}
+        content = content | {"tasks": {task: record | beside[task] for task, record in records}}
     save_sealed(path, head | content)
 
 
@@ -100,6 +125,8 @@ def load_file(path: str, remedy: str) -> tuple[dict[str, Any], str]:
     content, seal = load_sealed(path)
     if content is None:
         raise InputError(f"{path} is damaged or cut short, or was never a checkpoint of this suite: {remedy}")
+    if not {"format", "name", "identity"} <= content.keys():
+        raise InputError(f"{path} is whole, but no checkpoint: {remedy}")
     if content["format"] != FORMAT:
         raise InputError(f"{path} has format {content['format']}, this version reads {FORMAT}: {remedy}")
     if re.fullmatch(NAME, os.path.basename(path)) and content["name"] != os.path.basename(path):
@@ -110,26 +137,41 @@ def load_file(path: str, remedy: str) -> tuple[dict[str, Any], str]:
 def load(path: str) -> tuple[dict[str, Any], str]:
     """Content and digest of a stage's checkpoint.
 
-    InputError, naming the script to run, if it does not exist, is damaged, is another stage's, or goes back to a
-    checkpoint in the same folder that has been replaced since.
+    InputError, naming the script to run, if it does not exist, is damaged, is another stage's or a snapshot, or goes
+    back to a checkpoint in the same folder that has been replaced since.
     """
-    stage = stage_of(path)
-    script = f"run `python {script_of(stage)}" if stage else None
+    stage, folder = stage_of(path), os.path.dirname(path)
     if not os.path.exists(path):
-        raise InputError(
-            f"{path} does not exist: " + (f"{script}` first, which writes it" if stage else "name one that does")
-        )
-    content, digest = load_file(path, f"{script} --overwrite`" if stage else "name another one")
+        first = f"run `python {script_of(stage)}` first, which writes it" if stage else "name one that does"
+        raise InputError(f"{path} does not exist: {first}")
+    remedy = f"put a copy of it back, or {redo(path)}" if stage else "name another one"
+    content, digest = load_file(path, remedy)
+    if "tasks" not in content:
+        raise InputError(f"{path} is the snapshot of a stage under way, no checkpoint: {remedy}")
     for name, expected in content["lineage"].items():
-        ancestor = os.path.join(os.path.dirname(path), name)
+        ancestor = os.path.join(folder, name)
         if os.path.exists(ancestor):
             with open(ancestor, "rb") as file:
                 if seal_of(file) != expected:
+                    chain = [*content["lineage"], content["name"]]
+                    stale = chain[chain.index(name) + 1 :]
                     raise InputError(
-                        f"{path} goes back to another {name} than the one there now: put that back, or run the "
-                        "scripts after it again with --overwrite"
+                        f"{path} goes back to another {name} than the one there now: put that back, or {again(stale)}"
                     )
+    for record in content["tasks"].values():
+        beside = os.path.abspath(os.path.join(folder, record["data_beside"]))
+        record["data_left_behind"] = not os.path.exists(beside)
+        record["data_path"] = record["data_path"] if record["data_left_behind"] else beside
     return content, digest
+
+
+def refuse_other(path: str, there: dict[str, str], identity: dict[str, str], remedy: str) -> None:
+    """InputError, naming the fields, if the identity of the file at `path` is `there` and not `identity`."""
+    differing = [name for name in identity if there.get(name) != identity[name]]
+    if differing:
+        digests = ("data", "vocabulary", "checkpoint before")
+        shown = (f"other {n}" if n in digests else f"{n} {there.get(n)} (now {identity[n]})" for n in differing)
+        raise InputError(f"{path} was made with {', '.join(shown)}: {remedy}")
 
 
 def stage_of_state(task: int, state: str) -> Stage:

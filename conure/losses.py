@@ -19,6 +19,7 @@ from nextitnet import NextItNet
 from pruning import Stage
 
 LOGITS_AT_ONCE = 1 << 26  # 256 MB whatever the number of negatives, and half as much again for bfloat16 products
+ALONE = Share()  # of a batch: all of it
 
 
 def rows(weight: Tensor, ids: Tensor) -> Tensor:
@@ -137,7 +138,7 @@ class NextItemLoss:
         inputs: Tensor,
         targets: Tensor,
         generator: torch.Generator,
-        share: Share = Share(),
+        share: Share = ALONE,
     ) -> Tensor:
         """The mean over the batch (`inputs` (B, T), `targets` (B,)), or this process's share of that sum."""
         device = model.head(1).weight.device
@@ -175,7 +176,7 @@ class TargetLoss:
         inputs: Tensor,
         targets: Tensor,
         generator: torch.Generator,
-        share: Share = Share(),
+        share: Share = ALONE,
     ) -> Tensor:
         """The mean over the batch (`inputs` (B, T), `targets` (B,)) plus the penalty, or this process's share of it."""
         head, ids = model.head(stage.task), self.ids(targets, generator)

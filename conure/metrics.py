@@ -46,9 +46,7 @@ def rank_examples(
         inputs, targets = (tensor.to(device) for tensor in data.batch(examples[batch]))
         users = model.user_representation(inputs, stage)
         if not users.isfinite().all():
-            raise InputError(
-                "the model's states are not finite: start over with --overwrite and a lower --learning_rate"
-            )
+            raise InputError("the model's states are not finite: train it again with a lower --learning_rate")
         for part, part_targets, part_ranks in zip(*(each.split(at_once) for each in (users, targets, ranks[batch]))):
             scores = buffer[: len(part)]
             wide_linear(part, head.weight, head.bias, out=scores)

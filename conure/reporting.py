@@ -1,22 +1,42 @@
-"""What a run prints and records: progress, RESULT lines, results.csv."""
+"""What a run prints and records: its settings, progress, RESULT lines, results.csv."""
 
+import csv
 import os
 import sys
 import time
 from typing import Any
 
-from conure import processes
+from conure import checkpoint, processes
 from conure.errors import InputError
 from conure.files import whole_file
+from conure.settings import printable
 
 import pandas as pd
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from data_loader import TaskData
 from pruning import Stage
 
 SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal to draw a bar on
 SCORES = ("mrr", "hr", "ndcg", "accuracy")  # how the names of scores begin
+
+
+def announce(
+    hp: Any, data: TaskData, model: nn.Module, trained: int, device: torch.device, precision: torch.dtype
+) -> None:
+    """Prints settings, data, parameter counts, device and versions."""
+    for name, value in vars(hp).items():
+        print(f"  {name:20} {printable(value)}")
+    print("data:", "\n  ".join(data.describe()))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    print(f"parameters: {total:,}, of which this stage trains {trained:,}")
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    count = processes.own_share().count
+    several = f"; {count} processes" if count > 1 else ""
+    print(f"device: {device.type}{threads}; {str(precision).removeprefix('torch.')}{several}")
+    print("versions:", ", ".join(" ".join(version) for version in checkpoint.versions().items()))
 
 
 class Progress:
@@ -56,6 +76,22 @@ def result_line(row: dict[str, Any]) -> str:
     return "RESULT " + " ".join(f"{name}={value:{formats.get(name, '')}}" for name, value in row.items())
 
 
+def read_results(path: str) -> pd.DataFrame:
+    """The table in results.csv as text, so that no number is rounded; InputError if it is no such table."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            header, *rows = csv.reader(file)
+    except (ValueError, csv.Error):
+        header, rows = [], []
+    wrong = next((number for number, row in enumerate(rows, start=2) if len(row) != len(header)), None)
+    reason = f"line {wrong} has another number of fields than the header" if wrong else ""
+    if not {"task", "state"} <= set(header):
+        reason = "its column `stage` is called `state` now" if "stage" in header else "it has no column `state`"
+    if reason:
+        raise InputError(f"{path} is not the table that this version writes ({reason}): move it away to go on")
+    return pd.DataFrame(rows, columns=header)
+
+
 class Results:
     """results.csv: the rows of other stages as they were, and those of this one, of which a resumed run drops none."""
 
@@ -64,13 +100,8 @@ class Results:
         self.own: list[dict[str, Any]] = []
         self.others = pd.DataFrame()
         if os.path.exists(path):
-            states = ("tp", "pruned") if stage.mode == "tp" else ("ret",)
-            try:
-                table = pd.read_csv(path, dtype=str, keep_default_na=False)  # as text, so that no number is rounded
-                own = (table["task"] == str(stage.task)) & table["state"].isin(states)
-            except (ValueError, KeyError):
-                raise InputError(f"{path} is not the table that earlier runs wrote: move it away to go on") from None
-            self.others = table[~own]
+            table, states = read_results(path), ("tp", "pruned") if stage.mode == "tp" else ("ret",)
+            self.others = table[(table["task"] != str(stage.task)) | ~table["state"].isin(states)]
 
     def add(self, state: str, split: str, epoch: float, scores: dict[str, float], seconds: float) -> None:
         """Prints a RESULT line and writes it to the file; its columns are all the fields that any row has."""

@@ -15,12 +15,14 @@ from nextitnet import NextItNet
 def load_data(task: int, content: dict[str, Any], data_dir: str) -> data_loader.TaskData:
     """The examples that a task was learned from; InputError if the file is not there or has changed.
 
-    It is looked for in `data_dir`, or if that is empty where it was when the task was learned.
+    It is looked for in `data_dir`, or if that is empty where `checkpoint.load` found it.
     """
     record, items = content["tasks"][task], data_loader.Vocabulary.from_tensor(content["items"])
     path = os.path.join(data_dir, os.path.basename(record["data_path"])) if data_dir else record["data_path"]
     if not os.path.exists(path):
         raise InputError(f"{path}, the data of task {task}, does not exist: name its folder with --data_dir")
+    if record["data_left_behind"] and not data_dir:
+        print(f"the data of task {task} did not come along with the checkpoint: reading {path}")
     if task == 1:
         data = data_loader.load_sequences(path, record["test_fraction"], items)
     else:

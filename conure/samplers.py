@@ -16,27 +16,15 @@ class LogUniformSampler:
         self.count = max(1, int(items * negative_fraction))
         ids = torch.arange(items, dtype=torch.float64)
         self.log_miss = torch.log1p(-torch.log1p(1 / (ids + 1)) / np.log(items + 1))  # log(1 - p)
-        self.batch = self.usual_draws() if self.count < items else items
-
-    def usual_draws(self) -> int:
-        """A little more draws than it takes on average to find `count` distinct ids."""
-        low, high = self.count, 2 * self.count
-        while self.distinct(high) < self.count:
-            low, high = high, 2 * high
-        while high - low > 1 + low // 1000:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.distinct(middle) < self.count else (low, middle)
-        return high + high // 50
-
-    def distinct(self, draws: int) -> float:
-        """How many distinct ids so many draws find on average."""
-        return float(-torch.expm1(draws * self.log_miss).sum())
+        self.batch = self.count
+        if self.count < items:
+            self.batch = self.draw(torch.Generator().manual_seed(0))[1] * 51 // 50  # what a trial takes, and 2 % more
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, int]:
         """`count` distinct ids (S,), in order of drawing, and the number of draws that it took to find them."""
         drawn = torch.empty(0, dtype=torch.int64)
         while True:
-            uniform = torch.rand(self.batch, generator=generator, dtype=torch.float64)
+            uniform = torch.rand(max(self.batch, len(drawn)), generator=generator, dtype=torch.float64)
             more = uniform.mul_(np.log(self.items + 1)).exp_().sub_(1).long().clamp_(max=self.items - 1)
             drawn = torch.cat([drawn, more])
             found = first_places(drawn.numpy(), self.items)
@@ -45,7 +33,12 @@ class LogUniformSampler:
                 return drawn[found], int(found[-1]) + 1
 
     def expected_count(self, ids: Tensor, draws: int) -> Tensor:
-        """The probability that an id is among the distinct ids of so many draws, float32, of the shape of `ids`."""
+        """How often an id is expected in the sample, float32, of the shape of `ids`; as TensorFlow's range sampler.
+
+        p * draws if no draw was a repeat, else the probability that the id is among the distinct ones.
+        """
+        if draws == self.count:
+            return (draws * -torch.expm1(self.log_miss[ids])).float()
         return -torch.expm1(draws * self.log_miss[ids]).float()
 
 

@@ -1,6 +1,5 @@
 """Tests import the modules from the project's root, and run the scripts there as a user does."""
 
-import gc
 import json
 import os
 import runpy
@@ -59,7 +58,6 @@ def run_here(monkeypatch, capsys):
     """Runs a script, or a module as `python -m` does, in this process: returns exit code, output and errors."""
 
     def run(name: str, *arguments: str) -> tuple[int, str, str]:
-        gc.collect()  # the last call's run, and with it its lock on the folder
         monkeypatch.setattr(sys, "argv", [name, *arguments])
         monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
         is_script = name.endswith(".py")

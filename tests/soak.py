@@ -2,7 +2,11 @@
 
 Prints one line a part, such as `SOAK part=kills tried=50 lost=0`, and exits with 1 if any promise is broken.
 `python tests/soak.py rows memory` runs these parts alone. tests/test_soak.py runs all of them in a short form.
+The part "forgetting" takes task files in the TTL format, MovieLens for example, from the folder that the environment
+variable CONURE_DATA names.
 """
+
+
 
 import os
 import random
@@ -13,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +35,8 @@ from conftest import FILES, STAGES, flags, run_module
 import data_loader
 from pruning import Stage
 
-MOVIELENS = ROOT.parent / "shared" / "data" / "ml-1m-half-conure"
+DATA = Path(os.environ.get("CONURE_DATA", ""))
+AGE = "original_desen_age.csv"  # of the fifth task
 
 
 def command(folder: Path, task: int, mode: str, epochs: int) -> list[str]:
@@ -219,11 +225,11 @@ def disk_full(folder: Path, stages: list[tuple[int, str]]) -> dict[str, int]:
     harmed = 0
     for task, mode in stages:
         kept = {path: path.read_bytes() for path in (folder / "checkpoints").glob("*.pt")}
-        limit = len(kept[folder / "checkpoints" / f"{mode}_t{task}.pt"]) // 2
+        limit = [len(kept[folder / "checkpoints" / f"{mode}_t{task}.pt"]) // 2] * 2
         done = subprocess.run(
             [*command(folder, task, mode, 1), "--overwrite"],
             capture_output=True, text=True,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+            preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, limit),
         )  # fmt: skip
         told = done.returncode == 2 and "could not be written" in done.stderr and done.stderr.count("\n") == 1
         now = {path: path.read_bytes() for path in (folder / "checkpoints").glob("*.pt")}
@@ -240,10 +246,10 @@ def forgetting(folder: Path, users: int) -> dict[str, int]:
     for mode in ("tp", "ret"):
         text = (suite / f"conure_{mode}_t4.py").read_text().replace("gender", "age").replace("Stage(4", "Stage(5")
         (suite / f"conure_{mode}_t5.py").write_text(text)
-    data, files = folder / "Data", {**FILES, 5: "original_desen_age.csv"}
+    data, files = folder / "Data", {**FILES, 5: AGE}
     data.mkdir()
     for name in files.values():
-        lines = (MOVIELENS / name).read_text().splitlines(keepends=True)[:users]
+        lines = (DATA / name).read_text().splitlines(keepends=True)[:users]
         (data / name).write_text("".join(lines))
     learned, compared, changed = {}, 0, 0
     for task, mode in [*STAGES, (5, "tp"), (5, "ret")]:
@@ -300,6 +306,13 @@ BROKEN = ("lost", "loaded", "wrong", "harmed", "changed")
 WAVERING_MB = 8
 
 
+def missing(part: str) -> str:
+    """Why a part has to be skipped, or nothing."""
+    if part == "forgetting" and not (DATA / AGE).exists():
+        return f"CONURE_DATA names no folder with task files in the TTL format, {AGE} among them"
+    return ""
+
+
 def kept(counts: dict[str, int]) -> bool:
     """Whether the promise of a part was kept."""
     return not any(counts.get(name) for name in BROKEN) and counts.get("growth_mb", 0) <= WAVERING_MB
@@ -309,8 +322,8 @@ if __name__ == "__main__":
     broken = 0
     for name in sys.argv[1:] or PARTS:
         part, arguments = PARTS[name]
-        if name == "forgetting" and not MOVIELENS.exists():
-            print(f"SOAK part={name} skipped, as there is no {MOVIELENS}", flush=True)
+        if reason := missing(name):
+            print(f"SOAK part={name} skipped: {reason}", flush=True)
             continue
         with tempfile.TemporaryDirectory() as folder:
             counts = part(Path(folder), *arguments)

@@ -4,12 +4,16 @@ import re
 import shutil
 
 from conure import checkpoint
+from conure.errors import InputError
+from conure.files import save_sealed
+from conure.reporting import Results
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import FILES, STAGES, flags, run_script
+from test_scripts import refused
 
 import data_loader
 import pruning
@@ -88,7 +92,7 @@ def test_evaluate_finds_nothing_forgotten(chain):
 
 
 def test_evaluate_on_other_splits_checkpoints_and_folders(chain, tmp_path, run_here):
-    folder, printed = chain
+    folder, _ = chain
     file = str(folder / "checkpoints" / "tp_t2.pt")
     code, output, _ = run_here("evaluate.py", "--checkpoint", file, "--split", "heldout")
     assert code == 0 and output.count("RESULT") == 2 and "task=2 state=pruned split=heldout" in output
@@ -108,14 +112,64 @@ def test_evaluate_on_other_splits_checkpoints_and_folders(chain, tmp_path, run_h
     assert code == 2 and "changed since" in error
 
 
-def test_evaluate_says_when_a_task_was_forgotten(chain, tmp_path, run_here):
-    folder, _ = chain
-    content = load(folder, 4, "ret")
+def forget(content):
+    """Changes a single weight of task 2, by a bit of no consequence."""
     weight, owner = (content["model"][f"blocks.0.conv1.{part}"] for part in ("weight", "owner"))
-    weight[owner == 1] = 0
+    place = tuple((owner == 2).nonzero()[0])
+    weight[place] = torch.nextafter(weight[place], torch.tensor(9.0))
+
+
+def differ(by):
+    """Changes what task 2 is recorded to have scored, as another machine might."""
+
+    def change(content):
+        content["tasks"][2]["results"]["ret"]["test"]["mrr@5"] += by
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, code, verdict, conclusion",
+    [
+        (forget, 1, "DIFFERS: what the task reads has changed", "3 of 4 tasks differ from what was learned"),
+        (differ(1e-9), 0, "bit-identical weights; the score differs by 1e-09", "nothing forgotten: the weights that"),
+        (differ(0.1), 1, "DIFFERS by 0.1 with bit-identical weights", "1 of 4 tasks differ from what was learned"),
+    ],
+)
+def test_evaluate_tells_changed_weights_from_another_machines_rounding(
+    chain, tmp_path, run_here, change, code, verdict, conclusion
+):
+    content = load(chain[0], 4, "ret")
+    change(content)
     checkpoint.save(str(tmp_path / "ret_t4.pt"), content)
-    code, output, _ = run_here("evaluate.py", "--checkpoint_dir", str(tmp_path))
-    assert code == 1 and "DIFFERS" in output
+    found, output, _ = run_here("evaluate.py", "--checkpoint_dir", str(tmp_path), "--device", "cpu")
+    first, second, *_ = (line for line in output.splitlines() if line.startswith("RESULT"))
+    assert found == code and first.endswith(" same") and verdict in second and conclusion in output
+
+
+def test_evaluate_refuses_what_is_no_checkpoint_in_one_line(chain, tmp_path, run_here):
+    content = load(chain[0], 1, "tp")
+    path = str(tmp_path / "serving_t1.pt")
+    save_sealed(path, {"format": 1, "task": 1, "conv": {}})
+    assert f"{path} is whole, but no checkpoint" in refused(run_here("evaluate.py", "--checkpoint", path))
+    path = str(tmp_path / "tp_t1.snapshot.pt")
+    checkpoint.save(path, {"identity": content["identity"], "overwrite": False, "device": "cpu", "state": {}})
+    assert f"{path} is the snapshot of a stage" in refused(run_here("evaluate.py", "--checkpoint", path))
+
+
+def test_a_copied_project_reads_its_own_data(chain, tmp_path, run_here):
+    """Beside the checkpoints, if they were copied too; else where they were, and then it says so."""
+    shutil.copytree(chain[0], tmp_path / "copy")
+    where = ["--checkpoint", str(tmp_path / "copy" / "checkpoints" / "ret_t1.pt")]
+    code, output, _ = run_here("evaluate.py", *where)
+    assert code == 0 and "did not come along" not in output
+    data = tmp_path / "copy" / "Data" / FILES[1]
+    data.write_text("1,2,3\n" * 10)
+    assert f"{data} is not the file that task 1 was learned from" in refused(run_here("evaluate.py", *where))
+    data.unlink()
+    code, output, _ = run_here("evaluate.py", *where)
+    told = f"the data of task 1 did not come along with the checkpoint: reading {chain[0] / 'Data' / FILES[1]}\n"
+    assert code == 0 and told in output
 
 
 def test_the_best_state_by_validation_is_kept(chain):
@@ -176,6 +230,35 @@ def test_results_csv_holds_every_result_line(chain):
                 assert row[name] == value
             else:
                 assert row[name] == pytest.approx(float(value), abs=6e-2 if name == "seconds" else 1e-4)
+
+
+@pytest.mark.parametrize("order", [(1, 4), (4, 1)])
+def test_rows_of_results_csv_stay_in_their_columns(tmp_path, order):
+    path, scores = str(tmp_path / "results.csv"), {1: {"mrr@5": 0.5, "hr@5": 0.75}, 4: {"accuracy": 0.25}}
+    for task in order:
+        results = Results(path, Stage(task, "tp"))
+        results.add("tp", "test", 1.0, {**scores[task], "n": 8}, 2.0)
+    table = pd.read_csv(path).set_index("task")
+    assert (table[["n", "seconds"]] == [8, 2.0]).all(axis=None)
+    for task in order:
+        assert table.loc[task, ["mrr@5", "hr@5", "accuracy"]].dropna().to_dict() == scores[task]
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("task,state,split\n1,tp,test\n4,tp,test,0.5\n", "line 3 has another number of fields than the header"),
+        ("task,state,split\n4,tp,test,0.5\n1,tp,test,0.5\n", "line 2 has another number of fields than the header"),
+        ("task,stage,split\n1,tp,test\n", "its column `stage` is called `state` now"),
+        ("", "it has no column `state`"),
+    ],
+)
+def test_a_results_csv_of_another_layout_is_refused(tmp_path, text, reason):
+    path = tmp_path / "results.csv"
+    path.write_text(text)
+    with pytest.raises(InputError, match="move it away to go on") as error:
+        Results(str(path), Stage(2, "tp"))
+    assert reason in str(error.value) and path.read_text() == text
 
 
 def test_what_a_run_prints(chain):
@@ -259,5 +342,5 @@ def test_a_chain_without_free_weights_says_so_before_training(demo, tmp_path, ru
     assert code == 2 and "RESULT" not in output
     assert error.startswith(
         "error: no free weights are left for task 3: 2 of 2 conv layers belong to tasks 1 to 2 entirely, and of 96 "
-        "weights 0 are free; begin again at task 1 with --prune_ratio 0.67 or higher"
+        "weights 0 are free; begin again at task 1 in another --checkpoint_dir, with --prune_ratio 0.67 or higher"
     )

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 from conure import heads, losses, matmul, training
+from conure.objective import Objective
 from conure.samplers import LogUniformSampler, TargetSampler, uniform_probabilities
 
 import pytest
@@ -157,7 +158,7 @@ def test_training_moves_only_what_the_stage_trains(stage, precision):
     model.train_only(stage)
     adam = training.adam(training.parameter_groups(model, 2, table_learning_rate=0.2), learning_rate=0.1, beta1=0.9)
     loss = losses.PairLoss(losses.bpr, TargetSampler(uniform_probabilities(7)), l2=0.1)
-    objective = training.Objective(loss, model, stage, torch.Generator().manual_seed(1), precision)
+    objective = Objective(loss, model, stage, torch.Generator().manual_seed(1), precision)
     for _ in range(3):
         adam.zero_grad()
         objective(torch.randint(50, (4, 12)), torch.randint(1, 7, (4,))).backward()
@@ -200,7 +201,7 @@ def test_bfloat16_products_are_near_those_of_float32(negative_fraction):
     found = []
     for precision in (torch.float32, torch.bfloat16):
         loss = losses.NextItemLoss(LogUniformSampler(50, negative_fraction), None)
-        objective = training.Objective(loss, model, stage, torch.Generator().manual_seed(1), precision)
+        objective = Objective(loss, model, stage, torch.Generator().manual_seed(1), precision)
         value = objective(*batch)
         found.append([value, *torch.autograd.grad(value, model.train_only(stage), allow_unused=True)[:-2]])
     assert all(each.dtype == torch.float32 for each in found[1])

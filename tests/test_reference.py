@@ -22,7 +22,7 @@ import pruning
 from nextitnet import LAYER_NORM_EPS, NextItNet
 from pruning import Stage
 
-TOLERANCE = dict(rtol=0, atol=5e-5)
+TOLERANCE = {"rtol": 0, "atol": 5e-5}
 FOLDERS = [Path(__file__).parent / "reference"]
 if os.environ.get("CONURE_REFERENCE"):
     FOLDERS.append(Path(os.environ["CONURE_REFERENCE"]))
@@ -115,7 +115,7 @@ class Recording:
         script = f"conure_{mode}_t{min(task, 2)}.py"
         if task == 1:
             loss = losses.next_item(settings.of_script(script, as_original=True), self.data(1))
-            loss.sampler = RecordedNegatives(self, mode)
+            loss.sampler = RecordedNegatives.of(self, mode)
             return loss
         l2 = float(str(self.arrays[f"task{task}/l2"]))
         loss = losses.target(settings.of_script(script, as_original=True, l2=l2), self.data(task))
@@ -124,14 +124,19 @@ class Recording:
 
 
 class RecordedNegatives(samplers.LogUniformSampler):
-    """The suite's sampler, except that it draws what the original drew."""
+    """The suite's sampler, except that it draws what the original drew: `ids`, of which it expected `counts`."""
 
-    def __init__(self, recording: Recording, mode: str):
-        self.ids = recording.tensor(f"task1/{mode}/sampled_ids")
-        super().__init__(recording.config["num_items"], 0.5)
-        self.count = len(self.ids)
-        counts = recording.tensor(f"task1/{mode}/sampled_expected_count").double()
-        self.draws = int((torch.log1p(-counts) / self.log_miss[self.ids]).median().round())
+    def __init__(self, items: int, ids: Tensor, counts: Tensor):
+        self.ids, self.draws = ids, len(ids)  # as many draws if none was a repeat; their number is not recorded
+        super().__init__(items, 0.5)
+        self.count = len(ids)
+        if not torch.allclose(self.expected_count(ids, self.draws), counts, rtol=1e-5, atol=0):
+            self.draws = int((torch.log1p(-counts.double()) / self.log_miss[ids]).median().round())
+
+    @classmethod
+    def of(cls, recording: Recording, mode: str) -> "RecordedNegatives":
+        names = (f"task1/{mode}/{name}" for name in ("sampled_ids", "sampled_expected_count"))
+        return cls(recording.config["num_items"], *map(recording.tensor, names))
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, int]:
         return self.ids, self.draws
@@ -174,7 +179,7 @@ def test_task_1_hidden_states_losses_and_predictions(recording):
         model, stage, prefix = recording.start(1, mode), Stage(1, mode), f"task1/{mode}"
         hidden = model(inputs, stage)
         close(hidden, recording.tensor(f"{prefix}/hidden"))
-        sampler = RecordedNegatives(recording, mode)
+        sampler = RecordedNegatives.of(recording, mode)
         labels = recording.tensor("task1/input_ids")[:, 1:].flatten()
         own, others = (sampler.expected_count(ids, sampler.draws) for ids in (labels, sampler.ids))
         close(own, recording.tensor(f"{prefix}/true_expected_count"))
@@ -190,6 +195,17 @@ def test_task_1_hidden_states_losses_and_predictions(recording):
         assert torch.equal(scores.topk(5).indices, recording.tensor(f"{prefix}/top5"))
         for place, ids in enumerate(recording.tensor(f"{prefix}/top5").T, start=1):
             assert (metrics.target_ranks(scores, ids) == place).all()
+
+
+@pytest.mark.parametrize("draws", [9, 10, 14])
+def test_expected_counts_are_tensorflows_with_and_without_repeated_draws(draws):
+    """9 negatives of 47 items, by the formula of TensorFlow's range sampler (ExpectedCountHelper in its source)."""
+    probabilities = np.log1p(1 / np.arange(1, 48)) / np.log(48)
+    counts = probabilities * 9 if draws == 9 else -np.expm1(draws * np.log1p(-probabilities))
+    counts, ids = torch.from_numpy(counts).float(), torch.tensor([0, 3, 1, 20, 7, 46, 2, 11, 5])
+    sampler = RecordedNegatives(47, ids, counts[ids])
+    assert sampler.draws == draws and counts[0] > 0.8
+    torch.testing.assert_close(sampler.expected_count(torch.arange(47), sampler.draws), counts)
 
 
 def test_later_tasks_hidden_states_scores_and_losses(recording):
@@ -228,7 +244,7 @@ class TensorFlowAdam(torch.optim.Optimizer):
     """Adam with epsilon added before the bias correction, as TensorFlow has it."""
 
     def __init__(self, parameters, lr: float):
-        super().__init__(parameters, dict(lr=lr))
+        super().__init__(parameters, {"lr": lr})
         self.t = 0
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """What a script does when a run of it has been there before, or is there now."""
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -7,6 +8,9 @@ import time
 from pathlib import Path
 
 from conure import checkpoint
+from conure.files import lock_folder
+from conure.reporting import Progress
+from conure.stage_files import StageFiles
 
 import pandas as pd
 import pytest
@@ -15,6 +19,7 @@ from conftest import FILES, ROOT, chain_settings, flags
 from test_scripts import refused
 
 SMALL = ["--channels", "8", "--dilations", "1", "--snapshot_minutes", "0.001"]
+DIVERGING = ["--learning_rate", "1e30", "--epochs", "1", "--overwrite"]
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -49,16 +54,18 @@ def killed(demo, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_finished_stage_says_so_and_changes_nothing(chain, copy, run_here):
-    _, printed = chain
+def test_a_finished_stage_says_so_and_changes_nothing(copy, run_here):
     before = files_in(copy / "checkpoints")
     settings = chain_settings(2, "tp")
     code, output, error = run_here("conure_tp_t2.py", *flags(copy, 2), *settings)
     assert code == 0 and error == ""
-    assert "tp_t2.pt is finished; --overwrite does it over\nnext: python conure_ret_t2.py" in output
+    later = "ret_t2.pt, tp_t3.pt, ret_t3.pt, tp_t4.pt, ret_t4.pt"
+    redo = f"--overwrite redoes it and makes {later} stale"
+    assert f"tp_t2.pt is finished; {redo}\nnext: python conure_ret_t2.py" in output
     assert files_in(copy / "checkpoints") == before
     error = refused(run_here("conure_tp_t2.py", *flags(copy, 2), *settings[2:]))
     assert "was made with epochs 6 (now 15): the stage is finished: go on with `python conure_ret_t2.py " in error
+    assert error.endswith(f"`; {redo}\n")
     assert files_in(copy / "checkpoints") == before
 
 
@@ -80,7 +87,10 @@ def test_overwriting_a_stage_replaces_its_results_and_makes_what_follows_stale(c
     again = table[(table["task"] == 2) & table["state"].isin(["tp", "pruned"])]
     assert len(again) == output.count("RESULT") == 5
     later = "ret_t2.pt, tp_t3.pt, ret_t3.pt, tp_t4.pt, ret_t4.pt"
-    assert f"tp_t2.pt is done over, and what goes back to it has to be afterwards: {later}\n" in output
+    assert f"tp_t2.pt will be redone; these depend on it and become stale: {later}\n" in output
+    scripts = ", ".join(f"conure_{name.removesuffix('.pt')}.py" for name in later.split(", "))
+    assert f"stale now: run again, in this order, with --overwrite: {scripts}\nnext: python conure_ret_t2.py" in output
+    assert output.endswith(" --overwrite\n")
     for script in ("conure_ret_t2.py", "conure_tp_t3.py", "conure_ret_t4.py"):
         task = int(script[-4])
         error = refused(run_here(script, *flags(copy, task)))
@@ -115,6 +125,68 @@ def test_a_killed_overwriting_goes_on_when_it_is_started_again(killed, tmp_path,
     assert code == 0 and "going on from" in output and "epoch=40 " in output
 
 
+def test_a_run_resumed_on_another_device_goes_on_with_that_ones_numbers(killed, tmp_path, run_here):
+    """The device that the snapshot records is replaced, as if it had been made on a GPU."""
+    folder = tmp_path / "copy"
+    shutil.copytree(killed, folder)
+    path = str(folder / "checkpoints" / "tp_t1.snapshot.pt")
+    content, _ = checkpoint.load_file(path, "")
+    content["device"], content["identity"]["epochs"] = "cuda", "1"
+    checkpoint.save(path, content)
+    code, output, error = run_here("conure_tp_t1.py", *flags(folder, 1), *SMALL, "--epochs", "1")
+    assert code == 0, error
+    assert "it was made on cuda, and cpu draws other dropout and rounds otherwise: the result is as good" in output
+
+
+def test_a_run_resumed_within_an_epoch_has_the_bits_of_an_untouched_one(demo, tmp_path, run_here, monkeypatch):
+    """With dropout, sampled negatives and a decaying learning rate, interrupted at every third step."""
+    settings = ["--epochs", "2", "--batch_size", "100", "--snapshot_minutes", "1e-9", *SMALL[:4]]
+    places = [[*flags(demo, 1)[:2], "--device", "cpu", "--index_path", str(tmp_path / name / "index.csv"),
+               "--checkpoint_dir", str(tmp_path / name)] for name in "ab"]  # fmt: skip
+    assert run_here("conure_tp_t1.py", *places[0], *settings)[0] == 0
+    steps, advance = itertools.count(1), Progress.advance
+
+    def interrupted(progress, loss):
+        advance(progress, loss)
+        if next(steps) % 3 == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "advance", interrupted)
+    codes = [run_here("conure_tp_t1.py", *places[1], *settings)[0] for _ in range(12)]
+    assert codes == [130] * 11 + [0], "24 steps, of which every third is taken twice"
+    untouched, resumed = (checkpoint.load(str(tmp_path / name / "tp_t1.pt"))[0] for name in "ab")
+    assert all(torch.equal(value, resumed["model"][name]) for name, value in untouched["model"].items())
+    assert untouched["tasks"][1]["results"] == resumed["tasks"][1]["results"]
+
+
+def test_a_folder_is_free_as_soon_as_a_run_in_it_is_over(copy, run_here, monkeypatch):
+    """Saved, failed or refused, even while something still refers to what the run has opened."""
+    alive, begin = [], StageFiles.__init__
+    monkeypatch.setattr(StageFiles, "__init__", lambda files, *given: [alive.append(files), begin(files, *given)][1])
+    for arguments, expected in (["--epochs", "1", "--overwrite"], 0), (["--epochs", "1"], 0), ([], 2), (DIVERGING, 2):
+        code, output, error = run_here("conure_ret_t1.py", *flags(copy, 1), *arguments)
+        assert code == expected, output + error
+        lock_folder(str(copy / "checkpoints")).close()
+    assert len(alive) == 4
+
+
+def test_the_index_changes_only_together_with_the_checkpoint_that_has_its_ids(copy, run_here):
+    index, data = copy / "Data" / "index.csv", copy / "Data" / FILES[1]
+    before = index.read_bytes()
+    data.write_text("".join(reversed(data.read_text().splitlines(keepends=True))))
+    elsewhere = [*flags(copy, 1), *SMALL, "--epochs", "1", "--checkpoint_dir", str(copy / "elsewhere")]
+    code, output, error = run_here("conure_tp_t1.py", *elsewhere)
+    assert code == 2 and "holds the ids of other data" in error and "RESULT" not in output
+    assert run_here("conure_tp_t1.py", *elsewhere, "--index_path", str(copy / "new.csv"), *DIVERGING)[0] == 2
+    assert run_here("conure_tp_t1.py", *flags(copy, 1), *SMALL, *DIVERGING)[0] == 2
+    assert index.read_bytes() == before and not (copy / "new.csv").exists()
+    assert run_here("conure_tp_t1.py", *flags(copy, 1), *SMALL, "--epochs", "1", "--overwrite")[0] == 0
+    assert index.read_bytes() != before
+    index.write_bytes(before)
+    error = refused(run_here("conure_ret_t1.py", *flags(copy, 1), "--overwrite"))
+    assert "was made with another vocabulary than" in error and "--overwrite" not in error
+
+
 def test_a_damaged_snapshot_is_refused(killed, tmp_path, run_here):
     shutil.copytree(killed, tmp_path / "copy")
     snapshot = tmp_path / "copy" / "checkpoints" / "tp_t1.snapshot.pt"
@@ -137,7 +209,7 @@ def test_two_runs_in_one_folder_do_not_meet(killed, tmp_path, run_here):
 
 def test_a_loss_that_is_not_finite_stops_the_stage(copy, run_here):
     before = files_in(copy / "checkpoints")
-    error = refused(run_here("conure_ret_t1.py", *flags(copy, 1), "--learning_rate", "1e30", "--overwrite"))
+    error = refused(run_here("conure_ret_t1.py", *flags(copy, 1), *DIVERGING))
     assert "the loss is " in error and "at step 2 in ret of task 1" in error and "ret_t1.pt kept as before" in error
     after = files_in(copy / "checkpoints")
     assert {name: after[name] for name in after if name.endswith(".pt")} == {

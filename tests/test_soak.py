@@ -15,8 +15,8 @@ SHORT = {
 
 @pytest.mark.parametrize("name", SHORT)
 def test_soak(name, tmp_path):
-    if name == "forgetting" and not soak.MOVIELENS.exists():
-        pytest.skip("the MovieLens data is not in ../shared/data")
+    if reason := soak.missing(name):
+        pytest.skip(reason)
     counts = soak.PARTS[name][0](tmp_path, *SHORT[name])
     assert soak.kept(counts), counts
     assert counts.get("tried", 1) > 0 and counts.get("compared", 1) > 0

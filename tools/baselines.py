@@ -26,7 +26,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from conure import checkpoint, launch, metrics, training
+from conure import checkpoint, launch, metrics
+from conure.device import pick_device
 from conure.errors import InputError
 from conure.files import check_output, whole_file
 
@@ -129,7 +130,7 @@ class Comparison(study.Study):
 
     def evaluate(self, content: dict[str, Any]) -> dict[int, dict[str, float]]:
         """The test scores of all tasks that a model has learned, as they are now."""
-        device = training.pick_device(self.hp.device)
+        device = pick_device(self.hp.device)
         model = checkpoint.build_model(content).to(device)
         scores = {}
         for number, record in content["tasks"].items():

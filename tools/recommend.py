@@ -11,10 +11,10 @@ import sys
 from dataclasses import dataclass
 
 from conure import launch
+from conure.device import pick_device
 from conure.errors import InputError
 from conure.files import whole_file
 from conure.settings import Count
-from conure.training import pick_device
 
 import numpy as np
 import pandas as pd

@@ -15,9 +15,9 @@ from importlib.util import find_spec
 from typing import BinaryIO
 
 from conure import launch
+from conure.device import pick_device
 from conure.errors import InputError
 from conure.files import whole_file
-from conure.training import pick_device
 
 import numpy as np
 import pandas as pd

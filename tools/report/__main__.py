@@ -9,9 +9,9 @@ import os
 from dataclasses import dataclass
 
 from conure import launch
+from conure.device import pick_device
 from conure.files import check_output, whole_file
 from conure.settings import Device
-from conure.training import pick_device
 
 from tools.report import chain, history, markup
 

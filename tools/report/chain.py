@@ -1,19 +1,17 @@
 """What a folder of checkpoints tells: every task's score after every stage, what was forgotten, who owns which weight,
 how many more tasks fit."""
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from conure import checkpoint, rescoring
+from conure import checkpoint, fingerprint, rescoring
 from conure.errors import InputError
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 import pruning
 from nextitnet import NextItNet
@@ -97,9 +95,9 @@ def read(folder: str, data_dir: str, device: torch.device) -> Chain:
     for path in checkpoint.in_folder(folder):
         content, _ = checkpoint.load(os.path.join(folder, path))
         model, stage = model_of(content, os.path.join(folder, path)), checkpoint.stage_of(path)
-        shared = fingerprint(shared_by_all(model, content))
+        fingerprints = fingerprint.fingerprints(model, content)
         for task, record in sorted(content["tasks"].items()):
-            reads = shared + fingerprint(read_by(model, task, record))
+            reads = fingerprints[task]
             if stage.task == task and recorded(record):
                 cell = recorded(record)
             elif seen.get(task) == reads:
@@ -123,35 +121,6 @@ def model_of(content: dict[str, Any], path: str) -> NextItNet:
         return checkpoint.build_model(content)
     except RuntimeError:
         raise InputError(f"{path} holds another network than the scripts train") from None
-
-
-def shared_by_all(model: NextItNet, content: dict[str, Any]) -> Iterable[Tensor]:
-    """What every task reads: the ids of the items, the shape of the network, embedding, positions and layer norms."""
-    yield content["items"]
-    yield torch.tensor(list(repr(sorted(content["architecture"].items())).encode()), dtype=torch.uint8)
-    for module in model.modules():
-        if isinstance(module, (nn.Embedding, nn.LayerNorm)):
-            yield from module.parameters()
-
-
-def read_by(model: NextItNet, task: int, record: dict[str, Any]) -> Iterable[Tensor]:
-    """What this task reads besides: the ids of its targets, its head, and the conv weights of tasks 1..k, as numbers
-    and as places; what stands at the other places never reaches it."""
-    yield record["targets"]
-    yield from model.head(task).parameters()
-    for layer in pruning.owned_weights(model):
-        used, _ = pruning.used_and_trained(layer.owner, checkpoint.stage_of_state(task, record["state"]))
-        yield used
-        yield layer.weight[used]
-
-
-def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """The SHA-256 of all bits, which takes no memory to remember."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(str(tuple(tensor.shape)).encode())
-        digest.update(tensor.detach().cpu().reshape(-1).numpy())
-    return digest.hexdigest()
 
 
 def layers_of(model: NextItNet) -> Iterable[Layer]:

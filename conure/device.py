@@ -1,0 +1,39 @@
+"""The device that a run computes on, with its precision and its determinism."""
+
+from conure.errors import InputError
+
+import torch
+
+# Of matrix products; weights, sums and losses stay float32.
+PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def pick_device(name: str) -> torch.device:
+    """auto, cpu or cuda → the device; InputError if there is no such one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: this torch sees no GPU; use --device auto or cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """auto, float32 or bfloat16 → the dtype of matrix products in training."""
+    return PRECISIONS[name] or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
+def make_deterministic(device: torch.device) -> None:
+    """The same bits each time on the CPU, which a resumed run promises."""
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works here, shown by a trial; prints why if not."""
+    try:
+        torch.compile(torch.neg)(torch.ones(2, device=device))
+    except RuntimeError as error:
+        print(f"goes on without torch.compile, which does not work here: {str(error).splitlines()[0]}")
+        return False
+    return True

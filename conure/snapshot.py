@@ -1,0 +1,103 @@
+"""The snapshot of a stage: the file from which an interrupted run resumes, bit for bit on the CPU.
+
+It holds no state of a random number generator, as all random numbers follow from the seed and the step.
+"""
+
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from conure import checkpoint, processes
+from conure.errors import InputError
+
+import torch
+from torch import nn
+
+
+@dataclass
+class TrainingState:
+    """All that training changes, and so all that a snapshot has to hold."""
+
+    trained: list[nn.Parameter]
+    optimiser: torch.optim.Optimizer
+    rows: list[dict[str, Any]]  # that the stage has in results.csv
+    step: int = 0
+    epoch: float = 0.0
+    seconds: float = 0.0  # of training; evaluation is not counted
+    best_score: float = -math.inf  # on validation
+    best_epoch: float = 0.0
+    best_weights: list[torch.Tensor] = field(default_factory=list)
+
+    def keep_if_best(self, score: float) -> None:
+        """Remembers the present weights if none before scored as well: of equal ones the first are best."""
+        if score > self.best_score:
+            self.best_score, self.best_epoch = score, self.epoch
+            self.best_weights = [parameter.detach().clone() for parameter in self.trained]
+
+    @torch.no_grad()
+    def restore_best(self) -> None:
+        for parameter, weight in zip(self.trained, self.best_weights):
+            parameter.copy_(weight)
+        self.epoch = self.best_epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        weights = [parameter.detach() for parameter in self.trained]
+        return {**vars(self), "trained": weights, "optimiser": self.optimiser.state_dict()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        for parameter, value in zip(self.trained, state.pop("trained")):
+            parameter.copy_(value)
+        self.optimiser.load_state_dict(state.pop("optimiser"))
+        self.rows[:] = state.pop("rows")
+        vars(self).update(state)
+
+
+class Snapshot:
+    """The file beside a stage's checkpoint; read and written by runs of the same identity only."""
+
+    def __init__(self, path: str, identity: dict[str, str], overwrite: bool):
+        """`overwrite`: whether the run is to start the stage over."""
+        self.path, self.identity, self.overwrite = path, identity, overwrite
+
+    def write(self, state: TrainingState, device: torch.device) -> None:
+        if processes.is_main():
+            content = {"identity": self.identity, "overwrite": self.overwrite, "device": device.type}
+            checkpoint.save(self.path, content | {"state": state.state_dict()})
+
+    def resume(self, state: TrainingState, device: torch.device) -> bool:
+        """Sets `state` to what the file holds; False if there is none, or if the stage is to be started over.
+
+        InputError if the file is damaged or was made otherwise than this run would make it.
+        """
+        content = self.read()
+        if content is None:
+            return False
+        state.load_state_dict(content["state"])
+        print(f"going on from {self.path}: step {state.step}, epoch {state.epoch:g}")
+        if content["device"] != device.type:
+            print(
+                f"it was made on {content['device']}, and {device.type} draws other dropout and rounds otherwise: the "
+                "result is as good, but not bit-identical to that of a run on one device"
+            )
+        return True
+
+    def read(self) -> dict[str, Any] | None:
+        if not os.path.exists(self.path):
+            return None
+        try:
+            remedy = "--overwrite starts the stage over"
+            content, _ = checkpoint.load_file(self.path, remedy)
+            checkpoint.refuse_other(self.path, content["identity"], self.identity, remedy)
+        except InputError:
+            if not self.overwrite:
+                raise
+            return None
+        # A run that starts over resumes only from a snapshot of its own kind.
+        return content if content["overwrite"] or not self.overwrite else None
+
+    def remove(self) -> None:
+        if processes.is_main() and os.path.exists(self.path):
+            os.remove(self.path)
