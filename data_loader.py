@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from conure import processes
 from conure.errors import InputError
 from conure.files import whole_file
 from conure.line_reader import missing, read_lines
@@ -62,22 +61,20 @@ class Vocabulary:
     def from_tensor(cls, tensor: Tensor) -> "Vocabulary":
         return cls(tensor.numpy().tobytes().decode().split("\n"))
 
-    def write(self, path: str, overwrite: bool) -> None:
-        """Writes index.csv: a header `token,id`, then a line a token.
-
-        InputError if it holds other ids, which other checkpoints need, and is not to be overwritten.
-        """
-        if not processes.is_main():
-            return
+    def check_index(self, path: str) -> None:
+        """InputError if index.csv holds other ids, which other checkpoints need; one that is unreadable serves none."""
         try:
             there = read_index(path).tokens
-        except InputError:  # none, or one that is of no use to any checkpoint
-            there = self.tokens
-        if there != self.tokens and not overwrite:
+        except InputError:
+            return
+        if there != self.tokens:
             raise InputError(
                 f"{path} holds the ids of other data, without which its checkpoints cannot be trained on: give another "
-                "--index_path (and --checkpoint_dir), or --overwrite"
+                "--index_path and --checkpoint_dir"
             )
+
+    def write(self, path: str) -> None:
+        """Writes index.csv: a header `token,id`, then a line a token."""
         with whole_file(path) as file:
             pd.DataFrame({"token": self.tokens, "id": range(len(self))}).to_csv(file, index=False)
 

@@ -16,7 +16,7 @@ from conure.snapshot import Snapshot
 
 import torch
 
-import data_loader
+from data_loader import TaskData
 from nextitnet import NextItNet
 from pruning import Stage
 
@@ -30,7 +30,7 @@ class StageFiles:
 
     network = NextItNet  # the class of the model
 
-    def __init__(self, hp: Any, stage: Stage, data: data_loader.TaskData):
+    def __init__(self, hp: Any, stage: Stage, data: TaskData):
         """Raises InputError if the stage before is missing or does not fit, NothingToDo if this one is finished."""
         self.hp, self.stage, self.data = hp, stage, data
         self.path = checkpoint.path_of(hp.checkpoint_dir, stage)
@@ -46,9 +46,10 @@ class StageFiles:
             self.identity = {name: printable(value) for name, value in vars(hp).items() if name not in NOT_IDENTITY}
             self.identity |= {"data": data.digest, "vocabulary": data.items.digest, "checkpoint before": made_from}
             self.snapshot = Snapshot(checkpoint.snapshot_of(self.path), self.identity, hp.overwrite)
+            if self.before is None and not hp.overwrite:
+                data.items.check_index(hp.index_path)
             if os.path.exists(self.path) and not hp.overwrite:
                 self.refuse_to_redo()
-            self.check_index()
             if hp.overwrite and (stale := checkpoint.after(self.path)):
                 print(f"{self.path} will be redone; these depend on it and become stale: {', '.join(stale)}")
 
@@ -87,20 +88,6 @@ class StageFiles:
                     f"{learned['test_fraction']:g}) than {self.data.path}: give the data and test_fraction that it "
                     f"had, or, to learn the task from these, {checkpoint.redo(path)}"
                 )
-
-    def check_index(self) -> None:
-        """InputError if index.csv, which task 1 writes when it is saved, has other ids, not to be written over."""
-        if self.before is not None or self.hp.overwrite:
-            return
-        try:
-            there = data_loader.read_index(self.hp.index_path)
-        except InputError:  # none, or one that is of no use to any checkpoint
-            return
-        if there.tokens != self.data.items.tokens:
-            raise InputError(
-                f"{self.hp.index_path} holds the ids of other data, without which its checkpoints cannot be trained "
-                "on: give another --index_path and --checkpoint_dir"
-            )
 
     def refuse_to_redo(self) -> None:
         """NothingToDo if the stage is finished, InputError if that was with other settings."""
@@ -162,8 +149,8 @@ class StageFiles:
         }
 
     def write_index(self) -> None:
-        if self.before is None:
-            self.data.items.write(self.hp.index_path, self.hp.overwrite)
+        if self.before is None and processes.is_main():
+            self.data.items.write(self.hp.index_path)
 
     def next_command(self) -> str:
         task, mode = self.stage

@@ -1,7 +1,5 @@
 """Runs a script as usual and writes the loss of every step: loss_curve.py OUTPUT SCRIPT [--flag …]."""
 
-
-
 import json
 import os
 import runpy

@@ -6,8 +6,6 @@ The part "forgetting" takes task files in the TTL format, MovieLens for example,
 variable CONURE_DATA names.
 """
 
-
-
 import os
 import random
 import resource

@@ -327,6 +327,7 @@ def test_each_script_trains_its_own_loss(run_here, monkeypatch, chain, tmp_path,
 
     def see(run, loss):
         seen.append((loss, run.model.dropout.p))
+        run.files.close()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training.Run, "train", see)
