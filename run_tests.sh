@@ -11,5 +11,6 @@ if [ "${1:-}" = "--fast" ]; then
     shift
     fast=(-m "not slow")
 fi
-# One thread a process: the tests' models are too small for more, and there is a process for each core.
-OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -n auto --dist loadgroup ${fast[@]+"${fast[@]}"} "$@"
+# One thread a process: the tests' models are too small for more, and there is a process for each core. The tests of a
+# file share what one of them makes, so a file stays in one process.
+OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder ${fast[@]+"${fast[@]}"} "$@"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from conure import launch
-from conure.settings import Length, Range
+from conure.settings import Count, Length, Range
 
 import numpy as np
 
@@ -27,7 +27,7 @@ class Hyperparameters:
     length: Length = 100  # items in each
     items: Annotated[int, Range(3)] = 645_974  # in the catalogue
     path: str = ""  # a file to read; empty: make one
-    times: int = 3  # that it is read; the median counts
+    times: Count = 3  # that it is read; the median counts
     output: str = ""  # a .csv file to add the line to; empty: it is only printed
 
 

@@ -22,7 +22,6 @@ FILES = {
     4: "original_desen_gender.csv",
 }
 SLOW = ("test_readme", "test_scripts", "test_soak")  # besides all that needs the demo data or a chain
-TOGETHER = ("test_readme", "test_report", "test_resume", "test_tools")  # tests that share what one of them makes
 STAGES = [(task, mode) for task in FILES for mode in ("tp", "ret")]
 
 
@@ -124,10 +123,7 @@ def chain(made_once) -> tuple[Path, dict[tuple[int, str], str]]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What `--fast` leaves out, and what must run in one process and in order."""
+    """What `--fast` leaves out."""
     for item in items:
-        module = item.module.__name__
-        if module in SLOW or {"demo", "chain"} & set(item.fixturenames):
+        if item.module.__name__ in SLOW or {"demo", "chain"} & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
-        if module in TOGETHER:
-            item.add_marker(pytest.mark.xdist_group(module))
