@@ -39,7 +39,7 @@ def verdict(intact: bool, scores: dict[str, float], recorded: dict[str, float]) 
     if not intact:
         return f"DIFFERS: what the task reads has changed, and its scores by up to {difference:.1g}"
     if difference > max(ROUNDING, ROUNDED_ROWS / recorded["n"]):
-        return f"DIFFERS by {difference:.1g} with bit-identical weights: the code has changed"
+        return f"DIFFERS by {difference:.1g} with bit-identical weights: other code, or another device"
     return f"bit-identical weights; the score differs by {difference:.1g}" if difference else "same"
 
 

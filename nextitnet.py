@@ -179,10 +179,10 @@ class NextItNet(nn.Module):
         self.position = nn.Embedding(positions, channels) if positions else None
         if positions:
             truncated_normal_(self.position.weight)
-        self.dropout = nn.Dropout(0.0)  # of items, blocks and hidden states; training sets its share
+        self.dropout = nn.Dropout(0.0)  # of items, blocks and hidden states; training sets its probability
         self.blocks = nn.ModuleList(ResidualBlock(channels, kernel_size, self.dropout) for _ in dilations)
         self.heads = nn.ModuleDict()  # by task number, as a string
-        self.anchors: dict[int, Tensor] = {}  # by task: what its head is held near in training, if not 0; not saved
+        self.anchors: dict[int, Tensor] = {}  # by task: where L2-SP pulls the head's weight; not saved
         self.add_head(1, items)
 
     def add_head(self, task: int, size: int, bias: bool = False) -> None:
@@ -228,7 +228,7 @@ class NextItNet(nn.Module):
         return self.head(stage.task)(self.user_representation(ids, stage))
 
     def tables(self, task: int) -> set[nn.Parameter]:
-        """What holds a row for every item or class, of which a batch reaches few: the embedding and the task's head."""
+        """Parameters with a row per item or class: embedding and task's head. A batch reaches few of the rows."""
         return {self.embedding.weight, *self.head(task).parameters()}
 
     def train_only(self, stage: Stage) -> list[nn.Parameter]:

@@ -92,6 +92,8 @@ def prune(model: nn.Module, task: int, ratios: Sequence[float]) -> None:
 
     Raises ValueError if the task owns weights already, or if nothing is free.
     """
+    if not 1 <= task <= MAX_TASKS:
+        raise ValueError(f"task {task} cannot own weights: an owner map tells {MAX_TASKS} tasks apart")
     if len(ratios) != task:
         raise ValueError(f"pruning task {task} takes {task} prune ratios, one for each task so far; got {len(ratios)}")
     for layer in owned_weights(model):

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from conure import launch, losses, samplers, training
 from conure.device import PRECISIONS, make_deterministic
-from conure.objective import Objective
+from conure.losses import Objective
 from conure.settings import Below1, Count, Dilations, KernelSize, Length, Range, Task, UpTo1, Width
 
 import torch

@@ -3,7 +3,7 @@
     format, name  number of this layout, and the file's name
     task, mode    of the stage that wrote it
     identity      what made it what it is: hyperparameters, digests of data, vocabulary and the checkpoint before
-    lineage       digests of all checkpoints that it goes back to, by file name
+    lineage       digests of all ancestors, by file name
     architecture  the arguments of NextItNet
     model         state dict: weights, owner maps, heads, on the CPU
     items         the item vocabulary, as one uint8 tensor
@@ -87,14 +87,14 @@ def after(path: str) -> list[str]:
     return [name for name in in_folder(os.path.dirname(path)) if order_of(name) > order_of(path)]
 
 
-def again(names: list[str]) -> str:
+def commands_to_rerun(names: list[str]) -> str:
     """Which scripts make these checkpoints anew, for messages."""
     return f"run again, in this order, with --overwrite: {', '.join(script_of(stage_of(name)) for name in names)}"
 
 
-def redo(path: str) -> str:
+def rerun_advice(path: str) -> str:
     """What makes the checkpoint at `path` anew, and all that become stale with it, for messages."""
-    later = f", then {again(after(path))}" if after(path) else ""
+    later = f", then {commands_to_rerun(after(path))}" if after(path) else ""
     return f"run `python {script_of(stage_of(path))} --overwrite`{later}"
 
 
@@ -144,7 +144,7 @@ def load(path: str) -> tuple[dict[str, Any], str]:
     if not os.path.exists(path):
         first = f"run `python {script_of(stage)}` first, which writes it" if stage else "name one that does"
         raise InputError(f"{path} does not exist: {first}")
-    remedy = f"put a copy of it back, or {redo(path)}" if stage else "name another one"
+    remedy = f"put a copy of it back, or {rerun_advice(path)}" if stage else "name another one"
     content, digest = load_file(path, remedy)
     if "tasks" not in content:
         raise InputError(f"{path} is the snapshot of a stage under way, no checkpoint: {remedy}")
@@ -156,7 +156,8 @@ def load(path: str) -> tuple[dict[str, Any], str]:
                     chain = [*content["lineage"], content["name"]]
                     stale = chain[chain.index(name) + 1 :]
                     raise InputError(
-                        f"{path} goes back to another {name} than the one there now: put that back, or {again(stale)}"
+                        f"{path} is stale, as {name} has been replaced since: restore that, or "
+                        f"{commands_to_rerun(stale)}"
                     )
     for record in content["tasks"].values():
         beside = os.path.abspath(os.path.join(folder, record["data_beside"]))
@@ -180,10 +181,13 @@ def stage_of_state(task: int, state: str) -> Stage:
 
 
 def build_model(content: dict[str, Any], network: type[NextItNet] = NextItNet) -> NextItNet:
-    """The model as the checkpoint's stage left it."""
+    """The model as the checkpoint's stage left it; InputError if the weights are those of another network."""
     model = network(**content["architecture"])
     for task, record in content["tasks"].items():
         if task > 1:
             model.add_head(task, record["target_count"], bias=f"heads.{task}.bias" in content["model"])
-    model.load_state_dict(content["model"])
+    try:
+        model.load_state_dict(content["model"])
+    except RuntimeError:
+        raise InputError(f"{content['name']} holds another network than the scripts train") from None
     return model

@@ -23,7 +23,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def make_deterministic(device: torch.device) -> None:
-    """The same bits each time on the CPU, which a resumed run promises."""
+    """Makes results on the CPU bit-identical from run to run; resuming relies on it."""
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
@@ -34,6 +34,6 @@ def can_compile(device: torch.device) -> bool:
     try:
         torch.compile(torch.neg)(torch.ones(2, device=device))
     except RuntimeError as error:
-        print(f"goes on without torch.compile, which does not work here: {str(error).splitlines()[0]}")
+        print(f"training without torch.compile, which fails here: {str(error).splitlines()[0]}")
         return False
     return True

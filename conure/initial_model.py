@@ -1,19 +1,26 @@
-"""The model that a stage starts to train."""
+"""The model that a stage starts to train, and what the head of a new task starts from."""
 
-from conure import checkpoint, heads
+from conure import checkpoint, metrics
 from conure.errors import InputError
 from conure.stage_files import StageFiles
 
+import numpy as np
 import torch
+from torch import Tensor
 
 import pruning
+from data_loader import TaskData
 from nextitnet import NextItNet
+from pruning import Stage
+
+EXAMPLES_TO_COMPARE = 2048  # of the training part
+HALVED = np.log(2)  # by how much the mean log rank must be better
 
 
 def initial_model(files: StageFiles, device: torch.device) -> tuple[NextItNet, bool]:
     """The model as the stage before left it, with a new head in tp; a new one for the first stage.
 
-    With whether its head starts as task 1's. InputError if no weight is left to train.
+    Returns the model, and whether its head starts from task 1's. InputError if no weight is left to train.
     """
     hp, data, (task, mode) = files.hp, files.data, files.stage
     if files.before is None:
@@ -29,9 +36,9 @@ def initial_model(files: StageFiles, device: torch.device) -> tuple[NextItNet, b
     if mode == "ret":
         informed = files.tasks[task]["informed"]
     else:
-        informed = task > 1 and hp.informed_head and heads.inform(model, data, files.stage, device)
+        informed = task > 1 and hp.informed_head and inform(model, data, files.stage, device)
     if informed:
-        heads.anchor(model, data, task)
+        anchor(model, data, task)
     return model, informed
 
 
@@ -51,3 +58,45 @@ def check_capacity(model: NextItNet, task: int, ratios: list[float]) -> None:
         )
     share = sum(free) / total
     print(f"capacity: {sum(free):,} of {total:,} conv weights are free ({share:.2%}); it will keep {sum(kept):,}")
+
+
+def items_of_targets(data: TaskData) -> Tensor:
+    """(targets,) int64: the id of the item that has a target's token, 0 if there is none."""
+    return torch.from_numpy(data.items.look_up(data.target_vocabulary.tokens)).long()
+
+
+@torch.no_grad()
+def anchor(model: NextItNet, data: TaskData, task: int) -> None:
+    """Has training hold the head near task 1's rows, and near 0 where a target is no item."""
+    rows = model.head(1).weight
+    items = items_of_targets(data).to(rows.device)
+    model.anchors[task] = torch.where(items[:, None] > 0, rows[items], 0.0)
+
+
+@torch.no_grad()
+def inform(model: NextItNet, data: TaskData, stage: Stage, device: torch.device) -> bool:
+    """Starts the task's head as task 1's where a target's token is an item's, or else with a bias of log frequencies.
+
+    The first if the untrained head then ranks the training part's targets at half the (geometric) mean rank that the
+    same rows in another order give them. It does not where tasks use the same tokens for different things, and a start
+    from those would be worse than none. Prints what it did, and returns whether it was the first.
+    """
+    size = len(data.target_vocabulary)
+    ids = items_of_targets(data).to(device)
+    examples, weight = data.splits["train"], model.head(stage.task).weight
+    random, known = weight.clone(), (ids > 0).nonzero().squeeze(1)
+    rows, log_ranks = model.head(1).weight[ids[known]], []
+    for order in (torch.randperm(len(known)).to(device), slice(None)):
+        weight[known] = rows[order]
+        log_ranks.append(np.log(metrics.rank_examples(model, data, examples[:EXAMPLES_TO_COMPARE], stage, device)))
+    found = f"{len(known):,} of {size - 1:,} targets have the token of an item"
+    if log_ranks[1].mean() <= log_ranks[0].mean() - HALVED:
+        print(f"head: {found}, and start as in task 1")
+        return True
+    model.add_head(stage.task, size, bias=True)
+    head = model.head(stage.task).to(device)
+    head.weight.copy_(random)
+    frequency = np.bincount(data.targets[examples], minlength=size) + 1
+    head.bias.copy_(torch.from_numpy(np.log(frequency / frequency.mean())))
+    print(f"head: {found}, whose rows there rank no better than shuffled ones; a bias starts at their log frequencies")
+    return False

@@ -22,7 +22,7 @@ class StopRequest:
     def announce(self, epoch: float) -> None:
         tqdm.write(
             f"stopped by Ctrl-C after epoch {epoch:g}: the best state so far is kept as the stage's result (a second "
-            "Ctrl-C leaves the stage unfinished, to go on another time)"
+            "Ctrl-C leaves the stage unfinished, to resume later)"
         )
 
     def end(self) -> None:

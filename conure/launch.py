@@ -69,7 +69,7 @@ def run(main: Callable[[Any], int | None], block: type, about: str) -> NoReturn:
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         print(
-            "\ninterrupted: no checkpoint written; the same command goes on from the last snapshot, if any",
+            "\ninterrupted: no checkpoint written; run the same command to resume from the last snapshot, if any",
             file=sys.stderr,
         )
         sys.exit(130)

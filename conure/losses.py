@@ -6,29 +6,30 @@ Batches come on the CPU, where negatives and labels are made ready without waiti
 from collections.abc import Callable
 from typing import Any
 
-from conure import samplers
+from conure import processes, samplers
 from conure.matmul import matmul_dtype, wide_linear
-from conure.processes import Share
+from conure.processes import Shard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from data_loader import TaskData
 from nextitnet import NextItNet
 from pruning import Stage
 
 LOGITS_AT_ONCE = 1 << 26  # 256 MB whatever the number of negatives, and half as much again for bfloat16 products
-ALONE = Share()  # of a batch: all of it
+ALONE = Shard()  # of a batch: all of it
 
 
 def rows(weight: Tensor, ids: Tensor) -> Tensor:
-    """weight[ids], whose gradient is the same bits each time: that of an index sums equal ids in any order."""
+    """weight[ids] with a deterministic gradient; plain indexing sums repeated ids in no fixed order."""
     return F.embedding(ids, weight)
 
 
 def entries(bias: Tensor, ids: Tensor) -> Tensor:
-    """bias[ids], in the same way."""
+    """bias[ids], likewise."""
     return rows(bias[:, None], ids).squeeze(-1)
 
 
@@ -138,7 +139,7 @@ class NextItemLoss:
         inputs: Tensor,
         targets: Tensor,
         generator: torch.Generator,
-        share: Share = ALONE,
+        shard: Shard = ALONE,
     ) -> Tensor:
         """The mean over the batch (`inputs` (B, T), `targets` (B,)), or this process's share of that sum."""
         device = model.head(1).weight.device
@@ -147,7 +148,7 @@ class NextItemLoss:
         total = max(int(counted.sum()), 1)
         sampled = self.sampler.count < self.sampler.items
         negatives, draws = self.sampler.draw(generator) if sampled else (None, 0)
-        inputs, labels, counted = (share.of(tensor) for tensor in (inputs, labels, counted))
+        inputs, labels, counted = (shard.of(tensor) for tensor in (inputs, labels, counted))
         hidden = model(to_device(inputs, device), stage).transpose(0, 1).flatten(0, 1)  # (T * B, C)
         labels, counted = labels.t().flatten(), counted.t().flatten()
         if not counted.all():
@@ -176,13 +177,13 @@ class TargetLoss:
         inputs: Tensor,
         targets: Tensor,
         generator: torch.Generator,
-        share: Share = ALONE,
+        shard: Shard = ALONE,
     ) -> Tensor:
         """The mean over the batch (`inputs` (B, T), `targets` (B,)) plus the penalty, or this process's share of it."""
         head, ids = model.head(stage.task), self.ids(targets, generator)
-        inputs, ids = (to_device(share.of(tensor), head.weight.device) for tensor in (inputs, ids))
+        inputs, ids = (to_device(shard.of(tensor), head.weight.device) for tensor in (inputs, ids))
         user = model.user_representation(inputs, stage)  # (B, C)
-        return self.summed(user, ids, head) / len(targets) + self.penalty(model, stage.task) / share.count
+        return self.summed(user, ids, head) / len(targets) + self.penalty(model, stage.task) / shard.count
 
     def penalty(self, model: NextItNet, task: int) -> Tensor:
         weight = model.head(task).weight
@@ -235,3 +236,26 @@ def target(hp: Any, data: TaskData) -> TargetLoss:
     else:
         probabilities = samplers.uniform_probabilities(size)
     return PairLoss({"bpr": bpr, "bce": bce}[hp.loss], samplers.TargetSampler(probabilities), hp.l2)
+
+
+class Objective(nn.Module):
+    """A process's share of the loss of a batch, as the module that DistributedDataParallel wants."""
+
+    def __init__(self, loss: Loss, model: nn.Module, stage: Stage, generator: torch.Generator, precision: torch.dtype):
+        """`generator` draws the negatives, the same ones in all processes."""
+        super().__init__()
+        self.loss, self.model, self.stage, self.generator = loss, model, stage, generator
+        self.precision = precision
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """`inputs` (B, T) and `targets` (B,) of the whole batch, on the CPU."""
+        device = next(self.model.parameters()).device
+        with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
+            return self.loss(self.model, self.stage, inputs, targets, self.generator, processes.own_shard())
+
+
+def average_gradients(objective: Objective) -> nn.Module:
+    """The objective, whose backward pass averages the gradients of all processes if there are several."""
+    if processes.own_shard().count == 1:
+        return objective
+    return DistributedDataParallel(objective, forward_sync_buffers=False, gradient_as_bucket_view=True)

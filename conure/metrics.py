@@ -28,7 +28,7 @@ def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # the same bits, whatever training is compiled to
+@torch.compiler.set_stance("force_eager")  # scores are bit-identical with and without --compile
 def rank_examples(
     model: NextItNet, data: TaskData, examples: np.ndarray, stage: Stage, device: torch.device
 ) -> np.ndarray:
@@ -37,11 +37,11 @@ def rank_examples(
     InputError if the model has diverged.
     """
     model.eval()
-    share, head = processes.own_share(), model.head(stage.task)
+    shard, head = processes.own_shard(), model.head(stage.task)
     ranks = torch.zeros(len(examples), dtype=torch.int64, device=device)
     at_once = min(EVALUATION_BATCH, max(1, SCORES_AT_ONCE // head.out_features))
     buffer = torch.empty(at_once, head.out_features, device=device)
-    for start in range(share.number * EVALUATION_BATCH, len(examples), share.count * EVALUATION_BATCH):
+    for start in range(shard.number * EVALUATION_BATCH, len(examples), shard.count * EVALUATION_BATCH):
         batch = slice(start, start + EVALUATION_BATCH)
         inputs, targets = (tensor.to(device) for tensor in data.batch(examples[batch]))
         users = model.user_representation(inputs, stage)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class Share(NamedTuple):
+class Shard(NamedTuple):
     """Which part of a batch a process computes: each `count`-th example from `number` on."""
 
     number: int = 0
@@ -25,13 +25,13 @@ class Share(NamedTuple):
         return batch[self.number :: self.count]
 
 
-def own_share() -> Share:
-    return Share(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Share()
+def own_shard() -> Shard:
+    return Shard(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Shard()
 
 
 def is_main() -> bool:
     """Whether this process is the one that prints and writes."""
-    return own_share().number == 0
+    return own_shard().number == 0
 
 
 @contextlib.contextmanager

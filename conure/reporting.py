@@ -33,7 +33,7 @@ def announce(
     total = sum(parameter.numel() for parameter in model.parameters())
     print(f"parameters: {total:,}, of which this stage trains {trained:,}")
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    count = processes.own_share().count
+    count = processes.own_shard().count
     several = f"; {count} processes" if count > 1 else ""
     print(f"device: {device.type}{threads}; {str(precision).removeprefix('torch.')}{several}")
     print("versions:", ", ".join(" ".join(version) for version in checkpoint.versions().items()))
@@ -43,7 +43,7 @@ class Progress:
     """A bar with loss, steps/s and time left on a terminal; elsewhere a line now and then."""
 
     def __init__(self, steps: int, step: int):
-        """`step` is where a resumed run goes on, 0 otherwise."""
+        """`step`: where a resumed run starts, else 0."""
         off = not sys.stderr.isatty() or not processes.is_main()
         self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=off)
         self.steps, self.first, self.step = steps, step, step
@@ -88,7 +88,7 @@ def read_results(path: str) -> pd.DataFrame:
     if not {"task", "state"} <= set(header):
         reason = "its column `stage` is called `state` now" if "stage" in header else "it has no column `state`"
     if reason:
-        raise InputError(f"{path} is not the table that this version writes ({reason}): move it away to go on")
+        raise InputError(f"{path} is not the table that this version writes ({reason}): move it away and run again")
     return pd.DataFrame(rows, columns=header)
 
 

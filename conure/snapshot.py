@@ -70,16 +70,19 @@ class Snapshot:
     def resume(self, state: TrainingState, device: torch.device) -> bool:
         """Sets `state` to what the file holds; False if there is none, or if the stage is to be started over.
 
-        InputError if the file is damaged or was made otherwise than this run would make it.
+        InputError if the file is damaged, or was made with other settings, data or another model.
         """
         content = self.read()
         if content is None:
             return False
+        found = [tuple(weight.shape) for weight in content["state"]["trained"]]
+        if found != [tuple(parameter.shape) for parameter in state.trained]:  # another device chose another head
+            raise InputError(f"{self.path} is of another model than this run trains: --overwrite starts the stage over")
         state.load_state_dict(content["state"])
-        print(f"going on from {self.path}: step {state.step}, epoch {state.epoch:g}")
+        print(f"resuming from {self.path}: step {state.step}, epoch {state.epoch:g}")
         if content["device"] != device.type:
             print(
-                f"it was made on {content['device']}, and {device.type} draws other dropout and rounds otherwise: the "
+                f"it was made on {content['device']}; {device.type} uses different dropout masks and rounding: the "
                 "result is as good, but not bit-identical to that of a run on one device"
             )
         return True

@@ -86,7 +86,7 @@ class StageFiles:
                 raise InputError(
                     f"{path} was made with other data ({learned['data_path']}, test_fraction "
                     f"{learned['test_fraction']:g}) than {self.data.path}: give the data and test_fraction that it "
-                    f"had, or, to learn the task from these, {checkpoint.redo(path)}"
+                    f"had, or, to learn the task from these, {checkpoint.rerun_advice(path)}"
                 )
 
     def refuse_to_redo(self) -> None:
@@ -94,7 +94,7 @@ class StageFiles:
         content, _ = checkpoint.load(self.path)
         stale = checkpoint.after(self.path)
         redo = "--overwrite redoes it" + (f" and makes {', '.join(stale)} stale" if stale else "")
-        again = f"the stage is finished: go on with `python {self.next_command()}`; {redo}"
+        again = f"the stage is finished: continue with `python {self.next_command()}`; {redo}"
         checkpoint.refuse_other(self.path, content["identity"], self.identity, again)
         self.write_index()  # in case it was lost or damaged
         self.snapshot.remove()  # which a kill just before the end may have left
@@ -128,7 +128,7 @@ class StageFiles:
         print(f"saved {self.path} ({os.path.getsize(self.path) / 1e6:.1f} MB)")
         stale = checkpoint.after(self.path)
         if stale:
-            print(f"stale now: {checkpoint.again(stale)}")
+            print(f"stale now: {checkpoint.commands_to_rerun(stale)}")
         print(f"next: python {self.next_command()}{' --overwrite' if stale else ''}")
 
     def record(self, facts: dict[str, Any], scores: dict[str, dict]) -> dict[str, Any]:
@@ -155,9 +155,9 @@ class StageFiles:
     def next_command(self) -> str:
         task, mode = self.stage
         script = checkpoint.script_of(Stage(task, "ret") if mode == "tp" else Stage(task + 1, "tp"))
-        shared = ("checkpoint_dir", "index_path") + (("data_path",) if mode == "tp" else ())
+        shared = ("checkpoint_dir", "index_path") + (("data_path", "test_fraction") if mode == "tp" else ())
         if not (Path(__file__).parents[1] / script).exists():
             script, shared = "evaluate.py", shared[:1]
         default = type(self.hp)()
         given = {name: getattr(self.hp, name) for name in shared if getattr(self.hp, name) != getattr(default, name)}
-        return " ".join([script, *(f"--{name} {shlex.quote(value)}" for name, value in given.items())])
+        return " ".join([script, *(f"--{name} {shlex.quote(str(value))}" for name, value in given.items())])

@@ -10,8 +10,7 @@ from conure.device import can_compile, make_deterministic, pick_device, pick_pre
 from conure.errors import InputError
 from conure.initial_model import initial_model
 from conure.interrupt import StopRequest
-from conure.losses import Loss
-from conure.objective import Objective, average_gradients
+from conure.losses import Loss, Objective, average_gradients
 from conure.reporting import Progress, Results, announce
 from conure.snapshot import TrainingState
 from conure.stage_files import StageFiles
@@ -99,7 +98,7 @@ class Run:
         is not finite.
         """
         # Several processes could not agree on the step at which to stop.
-        if processes.own_share().count == 1 and not to_the_end:
+        if processes.own_shard().count == 1 and not to_the_end:
             self.stop.listen()
         with self.files.closed_on_failure():
             self.take_steps(loss)
@@ -114,14 +113,14 @@ class Run:
         eval_every = self.hp.eval_every or steps_per_epoch
         objective = self.objective(loss, generator)
         if state.step == 0:
-            self.consider()
+            self.validate()
         saved, losses = time.monotonic(), []  # losses: of the steps since they were last checked
         with Progress(steps, state.step) as progress:
             for batch in self.batches(steps_per_epoch):
                 started = time.perf_counter()
                 self.set_seeds(generator)
                 if self.hp.decay:
-                    self.set_rates(1 - state.step / steps)
+                    self.scale_learning_rates(1 - state.step / steps)
                 losses.append(self.take_step(objective, batch))
                 state.epoch = round(state.step / steps_per_epoch, 4)
                 progress.advance(losses[-1])
@@ -133,7 +132,7 @@ class Run:
                     losses.clear()
                 state.seconds += time.perf_counter() - started
                 if evaluating:
-                    self.consider()
+                    self.validate()
                 if snapshot:
                     self.files.snapshot.write(state, self.device)
                     saved = time.monotonic()
@@ -162,20 +161,20 @@ class Run:
         They follow from seed and step, so that a resumed run draws what the untouched one draws.
         """
         generator.manual_seed(seed_of(self.hp.seed, self.state.step))
-        torch.manual_seed(seed_of(self.hp.seed, self.state.step, 1 + processes.own_share().number))
+        torch.manual_seed(seed_of(self.hp.seed, self.state.step, 1 + processes.own_shard().number))
 
-    def set_rates(self, share: float) -> None:
-        """Learning rates of so large a share of what they are in full."""
+    def scale_learning_rates(self, factor: float) -> None:
+        """Sets every learning rate to `factor` times its configured value."""
         rates = (self.hp.learning_rate, self.hp.table_rate * self.hp.learning_rate)
         for group, rate in zip(self.state.optimiser.param_groups, rates):
-            group["lr"] = share * rate
+            group["lr"] = factor * rate
 
     def take_step(self, objective: nn.Module, batch: np.ndarray) -> torch.Tensor:
         """One step of Adam; returns the whole batch's loss, which a GPU may still be computing."""
         objective.train()
         value = objective(*self.data.batch(batch))
         self.state.optimiser.zero_grad()
-        (value * processes.own_share().count).backward()  # as the processes' gradients are averaged
+        (value * processes.own_shard().count).backward()  # as the processes' gradients are averaged
         self.state.optimiser.step()
         self.state.step += 1
         return processes.total(value.detach())
@@ -192,7 +191,7 @@ class Run:
                 f"{self.stage.mode} of task {self.stage.task}: start over with a lower --learning_rate{overwrite}"
             )
 
-    def consider(self) -> None:
+    def validate(self) -> None:
         """Evaluates on validation and remembers the weights if none before scored as well."""
         mode, examples = self.stage.mode, self.data.splits["validation"]
         stage = checkpoint.stage_of_state(self.stage.task, mode)

@@ -256,7 +256,7 @@ def test_rows_of_results_csv_stay_in_their_columns(tmp_path, order):
 def test_a_results_csv_of_another_layout_is_refused(tmp_path, text, reason):
     path = tmp_path / "results.csv"
     path.write_text(text)
-    with pytest.raises(InputError, match="move it away to go on") as error:
+    with pytest.raises(InputError, match="move it away and run again") as error:
         Results(str(path), Stage(2, "tp"))
     assert reason in str(error.value) and path.read_text() == text
 

@@ -2,8 +2,8 @@
 
 from types import SimpleNamespace
 
-from conure import heads, losses, matmul, training
-from conure.objective import Objective
+from conure import initial_model, losses, matmul, training
+from conure.losses import Objective
 from conure.samplers import LogUniformSampler, TargetSampler, uniform_probabilities
 
 import pytest
@@ -243,7 +243,7 @@ def test_an_informed_head_is_held_near_the_rows_of_task_1():
     model.add_head(2, 7)
     items = Vocabulary(["<UNK>", *(f"item {id}" for id in range(1, 50))])
     targets = Vocabulary(["<UNK>", "item 4", "no item", "item 9", "item 49", "x", "item 1"])
-    heads.anchor(model, SimpleNamespace(items=items, target_vocabulary=targets), 2)
+    initial_model.anchor(model, SimpleNamespace(items=items, target_vocabulary=targets), 2)
     start, weight, wanted = torch.zeros(7, 8), model.head(2).weight, torch.tensor([1, 6, 3, 3, 2])
     start[[1, 3, 4, 6]] = model.head(1).weight[[4, 9, 49, 1]].detach()
     for expected in (0.1 * (weight - start).square().sum() / 2, 0):

@@ -311,7 +311,7 @@ def test_what_is_missing_or_damaged_is_said_in_one_line(copy, tmp_path, run_here
     change(copy / "ret_t4.pt", zero_owned_by(1))
     assert "the data of task 1, does not exist: name its folder with --data_dir" in refused("--data_dir", "nowhere")
     change(copy / "tp_t3.pt", zero_owned_by(1))
-    assert "goes back to another tp_t3.pt than the one there now" in refused()
+    assert "is stale, as tp_t3.pt has been replaced since" in refused()
     (copy / "tp_t2.pt").write_bytes(b"x")
     assert "tp_t2.pt is damaged or cut short" in refused()
     for path in copy.glob("*.pt"):

@@ -93,7 +93,7 @@ def test_compiled_training_is_that_of_the_plain_code(run_here, demo, tmp_path):
     for number, more in enumerate(([], ["--compile"])):
         folder = str(tmp_path / str(number))
         code, output, _ = run_here("conure_tp_t1.py", *flags(demo, 1), *small, *more, "--checkpoint_dir", folder)
-        assert code == 0 and "goes on without" not in output
+        assert code == 0 and "training without" not in output
         content, _ = checkpoint.load(f"{folder}/tp_t1.pt")
         scores.append(content["model"]["blocks.0.conv1.weight"])
     torch.testing.assert_close(*scores, rtol=0, atol=1e-4)
@@ -105,7 +105,7 @@ def test_without_a_compiler_training_goes_on_plainly(demo, tmp_path):
     nowhere = os.environ | {"PATH": str(tmp_path), "CXX": "nowhere", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(command + small, env=nowhere, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("goes on without torch.compile, which does not work here: ") == 1
+    assert done.stdout.count("training without torch.compile, which fails here: ") == 1
 
 
 def test_a_missing_predecessor_names_the_script_to_run(run_here, demo, chain, tmp_path):
@@ -153,7 +153,7 @@ def test_a_results_table_that_is_none_is_refused_before_training(run_here, demo,
 
 
 def test_ctrl_c_ends_training_as_if_it_had_converged(demo, tmp_path):
-    """The best state is kept and pruned, and the chain goes on from it."""
+    """The best state is kept and pruned, and the next stage starts from it."""
     arguments = [*flags(demo, 1), "--index_path", str(tmp_path / "index.csv"), "--checkpoint_dir", str(tmp_path)]
     endless = ["--channels", "8", "--dilations", "1", "--epochs", "100000"]
     for mode, shape in (("tp", endless), ("ret", endless[-2:])):
@@ -182,7 +182,9 @@ def test_ctrl_c_before_training_says_that_no_checkpoint_was_written(tmp_path):
         process.send_signal(signal.SIGINT)
         error = process.stderr.read()
     assert process.returncode == 130
-    assert error == "\ninterrupted: no checkpoint written; the same command goes on from the last snapshot, if any\n"
+    assert (
+        error == "\ninterrupted: no checkpoint written; run the same command to resume from the last snapshot, if any\n"
+    )
     assert not (tmp_path / "checkpoints").exists()
 
 

@@ -117,7 +117,7 @@ def test_ctrl_c_leaves_a_run_unfinished(endless, tmp_path):
     for number in (endless.pid, *numbers):  # as a terminal does
         os.kill(number, signal.SIGINT)
     _, error = endless.communicate(timeout=120)
-    assert endless.returncode == 130 and "goes on from the last snapshot" in error and "Traceback" not in error
+    assert endless.returncode == 130 and "resume from the last snapshot" in error and "Traceback" not in error
     wait_for_the_end_of(numbers)
     assert {path.name for path in tmp_path.rglob("*.pt")} == {"tp_t1.snapshot.pt"}
 
