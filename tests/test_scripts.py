@@ -113,7 +113,7 @@ def test_a_missing_predecessor_names_the_script_to_run(run_here, demo, chain, tm
     for task, mode in STAGES[1:]:
         before = f"conure_tp_t{task}.py" if mode == "ret" else f"conure_ret_t{task - 1}.py"
         elsewhere = ["--checkpoint_dir", str(tmp_path)]
-        assert before in refused(run_here(f"conure_{mode}_t{task}.py", *flags(demo, task), *elsewhere))
+        assert before in refused(run_here(f"conure_{mode}_t{task}.py", *flags(chain[0], task), *elsewhere))
     assert "conure_tp_t1.py" in refused(run_here("evaluate.py", "--checkpoint_dir", str(tmp_path)))
 
 
