@@ -55,7 +55,7 @@ def machine() -> str:
     return f"{model[1].strip() if model else platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def take_turns(functions: dict[str, Callable[[], Any]], count: int) -> dict[str, float]:
+def interleaved(functions: dict[str, Callable[[], Any]], count: int) -> dict[str, float]:
     """Median seconds of `count` calls of each after warm-up; calls are interleaved, so that all meet the same load.
 
     On a GPU each is synchronised.
@@ -74,7 +74,7 @@ def take_turns(functions: dict[str, Callable[[], Any]], count: int) -> dict[str,
 def matmul_gflops(dtype: torch.dtype, size: int = 2048) -> float:
     """Throughput of a large square matrix product."""
     a, b = (torch.randn(size, size, dtype=dtype, device=device()) for _ in range(2))
-    seconds = take_turns({"product": lambda: a @ b}, count=15)["product"]
+    seconds = interleaved({"product": lambda: a @ b}, count=15)["product"]
     return 2 * size**3 / seconds / 1e9
 
 
