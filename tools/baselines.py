@@ -26,7 +26,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from conure import checkpoint, launch, metrics
+from conure import checkpoint, launch, metrics, rescoring
 from conure.device import pick_device
 from conure.errors import InputError
 from conure.files import check_output, whole_file
@@ -130,17 +130,8 @@ class Comparison(study.Study):
 
     def evaluate(self, content: dict[str, Any]) -> dict[int, dict[str, float]]:
         """The test scores of all tasks that a model has learned, as they are now."""
-        device = pick_device(self.hp.device)
-        model = checkpoint.build_model(content).to(device)
-        scores = {}
-        for number, record in content["tasks"].items():
-            stage, data = checkpoint.stage_of_state(number, record["state"]), self.data(self.task_of(record))
-            scores[number] = metrics.evaluate(model, data, stage, record["metric"], record["top_k"], device)["test"]
-        return scores
-
-    def task_of(self, record: dict[str, Any]) -> int:
-        """Whose data a task of a model was learned from."""
-        return next(task for task in TASKS if self.data(task).digest == record["data_digest"])
+        model, given = checkpoint.build_model(content), (self.hp.data_dir, pick_device(self.hp.device))
+        return {number: rescoring.score(number, content, model, *given)["test"] for number in content["tasks"]}
 
     def rows(self, method: str) -> Iterator[dict[str, Any]]:
         """A row for every task that the method has learned: scores on test, parameters, bytes, seconds."""
