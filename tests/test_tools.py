@@ -158,11 +158,11 @@ def test_capacity_learns_a_task_at_every_depth(demo, tmp_path, run_here):
         [ratio, *place] for ratio in (0.5, 0.9) for place in ((1, 0), (3, 1), (3, 3))
     ]
     for percent, share in ((50, 0.5), (90, 0.9)):
-        content, _ = checkpoint.load(str(tmp_path / "seed_10" / f"ratio_{percent}" / "ret_t3.pt"))
-        free = pruning.shares(checkpoint.build_model(content))[pruning.FREE]
-        assert free == pytest.approx(share**3, abs=0.02)
         for path in (tmp_path / "seed_10" / f"ratio_{percent}").glob("*_t1.pt"):
             code, output, _ = run_here("evaluate.py", "--checkpoint", str(path), "--device", "cpu")
             assert code == 0 and "every task scores exactly as when it was learned" in output
+        content, _ = checkpoint.load(str(tmp_path / "seed_10" / f"ratio_{percent}" / "ret_t3.pt"))
+        free = pruning.shares(checkpoint.build_model(content))[pruning.FREE]
+        assert free == pytest.approx(share**3, abs=0.02)
     code, _, error = run_here("tools.capacity", *flags)
     assert code == 2 and "capacity.csv exists: --overwrite replaces it" in error
