@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from conure.errors import InputError
-from conure.line_reader import MAX_TOKEN_BYTES
+from conure.line_reader import MAX_TOKEN_BYTES, missing
 
 import numpy as np
 import pandas as pd
@@ -80,7 +80,7 @@ def read(
         wanted = [name for name in found if name in wanted]
         frame = read_parquet(path, wanted) if form is parquet_names else read_text(path, names, found, wanted, tokens)
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist: see --interactions, --users and the sources of --task") from None
+        raise InputError(f"{missing(path)}: see --interactions, --users and the sources of --task") from None
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text: convert it, as in iconv -f latin1 -t utf-8") from None
     except (ValueError, OSError, EOFError, csv.Error, zlib.error) as error:
@@ -280,8 +280,8 @@ def meets(values: dict[str, pd.Series], condition: str, path: str, found: Sequen
     text, columns = re.sub(r"""'[^']*'|"[^"]*"|[&|]""", lambda each: WORDS.get(each[0], each[0]), condition), {}
     for name in values:
         if mentions(condition, name):
-            plain = re.sub(r"\W", "_", name)  # names that are no identifiers stand in backticks
-            text, columns[plain] = text.replace(f"`{name}`", plain), values[name]
+            plain = name if name.isidentifier() else f"_column_{len(columns)}"  # others stand in backticks
+            text, columns[plain] = text.replace(f"`{name}`", plain), values[name].rename(name)
     try:
         tree = ast.parse(text.strip(), mode="eval")
         for node in ast.walk(tree):
@@ -310,8 +310,9 @@ def comparable_with(side: ast.expr, other: ast.expr, columns: dict[str, pd.Serie
     values = columns[side.id]
     kind = kind_of(values)
     if isinstance(other, ast.Name) and other.id in columns:
-        if kind_of(columns[other.id]) != kind:
-            raise ValueError(f"{side.id} holds {kind}, {other.id} {kind_of(columns[other.id])}")
+        against = columns[other.id]
+        if kind_of(against) != kind:
+            raise ValueError(f"{values.name} holds {kind}, {against.name} {kind_of(against)}")
         return other
     try:
         given = ast.literal_eval(other)
@@ -320,11 +321,11 @@ def comparable_with(side: ast.expr, other: ast.expr, columns: dict[str, pd.Serie
     if kind == "dates":
         date = as_times(pd.Series([given]))[0] if isinstance(given, str) and re.match(r"\d{4}", given) else pd.NaT
         if pd.isna(date):
-            raise ValueError(f"{side.id} holds dates, and {given!r} is none: write one as '2020-12-31 23:59:59'")
-        name = f"date_{len(columns)}"
+            raise ValueError(f"{values.name} holds dates, and {given!r} is none: write one as '2020-12-31 23:59:59'")
+        name = f"_date_{len(columns)}"
         columns[name] = pd.Series(date, values.index)
         return ast.Name(name)
     if {isinstance(each, str) for each in (given if isinstance(given, list | tuple) else [given])} != {kind == "text"}:
         example = "" if kind == "numbers" else f", such as {values[as_numbers(values).isna()].dropna().iloc[0]!r}"
-        raise ValueError(f"{side.id} holds {kind}{example}, which {given!r} cannot be compared with")
+        raise ValueError(f"{values.name} holds {kind}{example}, which {given!r} cannot be compared with")
     return other

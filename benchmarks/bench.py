@@ -1,4 +1,4 @@
-"""What the benchmarks share: BENCH lines and rows of results, the machine's name and its matrix rate."""
+"""What the benchmarks share: output, interleaved timing, the machine's name and its matrix-product rate."""
 
 import datetime
 import os
@@ -11,20 +11,41 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from conure.errors import InputError
+from conure.files import whole_file
+
 import pandas as pd
 import torch
 
-WARM_UP = 3  # calls that are not timed
+WARM_UP = 3  # untimed calls
+ABOUT_THE_RUN = ("date", "machine", "torch")  # columns of every table of results
 
 
 def report(what: str, output: str, **values: Any) -> None:
-    """Prints `BENCH what=… name=value …`; adds it, with date, machine and versions, to the table `output`, if any."""
+    """Prints `BENCH what=… name=value …`; adds it, with date, machine and version, to the table `output`, if any.
+
+    InputError if `output` is another file, which stays as it is.
+    """
     shown = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in values.items()}
     print("BENCH", " ".join(f"{name}={value}" for name, value in ({"what": what} | shown).items()), flush=True)
-    row = {"date": datetime.date.today().isoformat(), "machine": machine(), "torch": str(torch.__version__)} | shown
     if output:
-        earlier = [pd.read_csv(output, dtype=str)] if Path(output).exists() else []
-        pd.concat([*earlier, pd.DataFrame([row])]).to_csv(output, index=False)
+        about = dict(zip(ABOUT_THE_RUN, (datetime.date.today().isoformat(), machine(), str(torch.__version__))))
+        table = pd.concat([rows_of(output), pd.DataFrame([about | shown])])
+        with whole_file(output) as file:
+            table.to_csv(file, index=False)
+
+
+def rows_of(path: str) -> pd.DataFrame:
+    """The rows of a table that `report` wrote, none if there is no such file; InputError if it is another file."""
+    if not os.path.exists(path):
+        return pd.DataFrame()
+    try:
+        table = pd.read_csv(path, dtype=str)
+    except (ValueError, OSError):
+        table = pd.DataFrame()
+    if not {*ABOUT_THE_RUN} <= {*table}:
+        raise InputError(f"--output {path} is not a benchmark's table: give another name")
+    return table
 
 
 def machine() -> str:
@@ -34,10 +55,10 @@ def machine() -> str:
     return f"{model[1].strip() if model else platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def take_turns(functions: dict[str, Callable[[], Any]], count: int) -> dict[str, float]:
-    """Median seconds of `count` calls of each, warm, one after the other, so that all meet the machine in its moods.
+def interleaved(functions: dict[str, Callable[[], Any]], count: int) -> dict[str, float]:
+    """Median seconds of `count` calls of each after warm-up; calls are interleaved, so that all meet the same load.
 
-    On a GPU until it has done its work.
+    On a GPU each is synchronised.
     """
     times = {name: [] for name in functions}
     for _ in range(WARM_UP + count):
@@ -51,9 +72,9 @@ def take_turns(functions: dict[str, Callable[[], Any]], count: int) -> dict[str,
 
 
 def matmul_gflops(dtype: torch.dtype, size: int = 2048) -> float:
-    """The rate of a large square matrix product."""
+    """Throughput of a large square matrix product."""
     a, b = (torch.randn(size, size, dtype=dtype, device=device()) for _ in range(2))
-    seconds = take_turns({"product": lambda: a @ b}, count=15)["product"]
+    seconds = interleaved({"product": lambda: a @ b}, count=15)["product"]
     return 2 * size**3 / seconds / 1e9
 
 

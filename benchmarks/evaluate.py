@@ -1,4 +1,4 @@
-"""How fast held-out rows are ranked among all items: `python -m benchmarks.evaluate --rows 4096`, at the real size."""
+"""Throughput of evaluation, ranking among all items, at TTL's size: `python -m benchmarks.evaluate --rows 4096`."""
 
 import time
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from pruning import Stage
 
 @dataclass
 class Hyperparameters:
-    rows: Annotated[int, Range(10)] = 4096  # that are ranked
+    rows: Annotated[int, Range(10)] = 4096  # held-out rows to rank
     items: Annotated[int, Range(3)] = 645_974  # in the catalogue
     length: Length = 100  # of the sequences in the file; the model reads one less
     channels: Width = 256  # width of the embedding and of every layer
@@ -28,7 +28,7 @@ class Hyperparameters:
 
 
 def make_data(hp: Hyperparameters) -> data_loader.TaskData:
-    """Random rows; their content does not matter to the time."""
+    """Random rows, as their content does not change the time."""
     rows = np.random.default_rng(10).integers(1, hp.items, (hp.rows, hp.length), dtype=np.int32)
     vocabulary = data_loader.Vocabulary()
     return data_loader.TaskData(

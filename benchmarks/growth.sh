@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# How a step's time and a checkpoint's size grow with items, length, channels and tasks: bash benchmarks/growth.sh
-# One BENCH line each; all else is as in the original's settings.
+# Scaling of step time and checkpoint size with items, length, channels and tasks: bash benchmarks/growth.sh
+# One BENCH line each; other settings are the original's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 step() { .venv/bin/python -m benchmarks.train_step "$@"; }

@@ -1,6 +1,6 @@
-"""How fast a data file is read: `python -m benchmarks.load_data --rows 1000000 --length 100`.
+"""Throughput of reading a data file: `python -m benchmarks.load_data --rows 1000000 --length 100`.
 
-Makes a file of task 1 whose items are as frequent as in a long-tailed catalogue, and reads it in fresh processes.
+Writes a file of task 1 with long-tailed item frequencies, and reads it in fresh processes.
 """
 
 import os
@@ -27,7 +27,7 @@ class Hyperparameters:
     length: Length = 100  # items in each
     items: Annotated[int, Range(3)] = 645_974  # in the catalogue
     path: str = ""  # a file to read; empty: make one
-    times: Count = 3  # that it is read; the median counts
+    times: Count = 3  # runs; the median is reported
     output: str = ""  # a .csv file to add the line to; empty: it is only printed
 
 

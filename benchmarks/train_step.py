@@ -1,8 +1,8 @@
 """How long a training step takes: `python -m benchmarks.train_step --task 1`, with the original's settings.
 
-The matrix rate is measured in the same process, and operations are counted as they are done: 2 a multiplication and
-addition, none for what is skipped. With --compare, other ways to do the step take turns with it: for task 1 the
-published one, for later ones that which computes every state, and with dropout the same step without.
+The throughput of a large matrix product is measured in the same process; a multiply-add counts as 2 operations, skipped
+ones as none. With --compare, baselines are interleaved with it: for task 1 the published implementation, for later
+tasks the states of all positions, and with dropout the same step without.
 """
 
 import copy
@@ -27,7 +27,7 @@ from pruning import Stage
 
 @dataclass
 class Hyperparameters:
-    task: Task = 1  # 1: next item at every position; 2 and more: train and prune of that task
+    task: Task = 1  # 1: next item at every position; 2 and more: a later task, in tp
     items: Annotated[int, Range(3)] = 3308  # in the catalogue
     targets: Annotated[int, Range(3)] = 3000  # of each later task
     length: Length = 50  # of the sequences in the file; the model reads one less in task 1, one more in later ones
@@ -38,14 +38,14 @@ class Hyperparameters:
     negative_fraction: UpTo1 = 0.2  # share of the items drawn as negatives at each step; 1: full softmax
     dropout: Below1 = 0.0  # dropout probability
     precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products
-    compile: bool = False  # with torch.compile
-    steps: Count = 9  # that are timed; the median is reported
-    compare: bool = False  # time the other ways too
+    compile: bool = False  # fuse what lies between the matrix products by torch.compile
+    steps: Count = 9  # timed steps; the median is reported
+    compare: bool = False  # time the baselines too
     output: str = ""  # a .csv file to add the line to; empty: it is only printed
 
 
 class FullSequence(NextItNet):
-    """Computes every state of a sequence for the last one's sake."""
+    """Computes the states of all positions, and uses the last."""
 
     def user_representation(self, ids: Tensor, stage: Stage) -> Tensor:
         return self(ids, stage)[:, -1]
@@ -81,7 +81,7 @@ def stepper(
 
 
 def operations(hp: Hyperparameters, time: int) -> float:
-    """Of the matrix products of one step: the convolutions' and, for task 1, the softmax's."""
+    """FLOPs of one step's matrix products: the convolutions' and, for task 1, the softmax's."""
     _, blocks = plan(hp.dilations, hp.kernel_size, time, hp.task > 1, torch.device("cpu"))
     total = 0
     for number, block in enumerate(blocks):
@@ -95,12 +95,12 @@ def operations(hp: Hyperparameters, time: int) -> float:
 
 
 def megabytes(module: torch.nn.Module) -> float:
-    """Of what a checkpoint holds of it."""
+    """Size of its state dict."""
     return sum(tensor.nbytes for tensor in module.state_dict().values()) / 1e6
 
 
-def ways_to_step(hp: Hyperparameters, model: NextItNet, time: int) -> dict[str, Callable[[], None]]:
-    """Ours and, to compare, the others; all with one batch, as its content does not matter to the time."""
+def steppers(hp: Hyperparameters, model: NextItNet, time: int) -> dict[str, Callable[[], None]]:
+    """Our step and, with --compare, the baselines; all on one batch, as its content does not change the time."""
     stage, precision = Stage(hp.task, "tp"), PRECISIONS[hp.precision] or torch.float32
     inputs = torch.randint(1, hp.items, (hp.batch_size, time))
     batch = inputs, torch.randint(1, hp.items if hp.task == 1 else hp.targets, (hp.batch_size,))
@@ -130,10 +130,10 @@ def main(hp: Hyperparameters) -> None:
     make_deterministic(bench.device())
     time = hp.length - 1 if hp.task == 1 else hp.length + 1
     model = make_model(hp)
-    steps = ways_to_step(hp, model, time)
+    steps = steppers(hp, model, time)
     precision = PRECISIONS[hp.precision] or torch.float32
     rate = bench.matmul_gflops(precision)
-    seconds = bench.take_turns(steps, hp.steps)
+    seconds = bench.interleaved(steps, hp.steps)
     rate = max(rate, bench.matmul_gflops(precision))  # before and after
     gflops = operations(hp, time) / seconds["ours"] / 1e9
     varied = ("task", "items", "length", "batch_size", "channels", "negative_fraction", "precision", "compile")

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
@@ -15,6 +16,7 @@ import torch
 
 SEAL = b"\nsha256 "  # what stands before the digest; torch.load passes over what follows the archive
 SEAL_BYTES = len(SEAL) + 64
+SCRIPTS_OWN = r"(tp|ret)_t[1-9]\d*(\.snapshot)?\.pt|results\.csv|index\.csv"  # file names that only the scripts write
 
 
 @contextmanager
@@ -45,7 +47,12 @@ def whole_file(path: str) -> Iterator[BinaryIO]:
 
 
 def check_output(path: str, overwrite: bool, own: bool = False) -> None:
-    """InputError if `path` exists, except with --overwrite, or if it is the command's `own` earlier output."""
+    """InputError if `path` has the name of a file of the scripts, or exists, except with --overwrite, or if it is the
+    command's `own` earlier output."""
+    name = os.path.basename(path)
+    if re.fullmatch(SCRIPTS_OWN, name):
+        kind = "a checkpoint or snapshot" if name.endswith(".pt") else "a table"
+        raise InputError(f"{path} is the name of {kind} that the scripts write: give another name")
     if os.path.exists(path) and not (overwrite or own):
         raise InputError(f"{path} exists: --overwrite replaces it")
 
@@ -89,10 +96,13 @@ def save_sealed(path: str, content: dict[str, Any]) -> None:
 
 
 def load_sealed(path: str, mmap: bool = False) -> tuple[dict[str, Any] | None, str]:
-    """What `save_sealed` wrote, and its digest; None in place of the content if a single bit is not as it was written.
+    """What `save_sealed` wrote, and its digest; None in place of the content if a single bit is not as it was written,
+    or if `path` is no file.
 
     With `mmap` the tensors are read from the disk as they are used.
     """
+    if not os.path.isfile(path):
+        return None, ""
     with open(path, "rb") as file:
         seal = seal_of(file)
         size = file.seek(0, os.SEEK_END) - SEAL_BYTES

@@ -144,8 +144,8 @@ def test_dates_are_later_across_tables_whatever_their_form(make):
 
 DAYS = range(1, 6)
 SALES = table(
-    [("a", day, f"2024-{4 + day}-{day:02}", f"2024-07-0{day}T00:00+02:00", 1 + day % 2) for day in DAYS],
-    "user_id,item_id,bought at,paid,stars",
+    [("a", d, f"2024-{4 + d}-{d:02}", f"2024-07-0{d}T00:00+02:00", 1 + d % 2, d, f"2024-07-{d}") for d in DAYS],
+    "user_id,item_id,bought at,paid,stars,bought_at,date_1",
 )
 
 
@@ -158,6 +158,8 @@ def test_conditions_see_times_where_all_values_are_dates(tmp_path, form):
         "`bought at` == '2024-08-04'": [4],
         "paid >= '2024-07-02T22:00Z'": [3, 4, 5],
         "paid <= `bought at`": [3, 4, 5],
+        "(`bought at` > '2024-6-1' and bought_at < 4)": [2, 3],
+        "date_1 > '2024-07-03'": [4, 5],
     }
     (tmp_path / "rows.csv").write_text(SALES)
     conditions = [form.format(condition) for condition in kept]
@@ -169,8 +171,8 @@ def test_conditions_see_times_where_all_values_are_dates(tmp_path, form):
 @pytest.mark.parametrize(
     "condition, complaint",
     [
-        ("`bought at` > '01.06.2024'", "bought_at holds dates, and '01.06.2024' is none: write one as '2020-12-31"),
-        ("(`bought at`) > 'now'", "bought_at holds dates, and 'now' is none"),
+        ("`bought at` > '01.06.2024'", "bought at holds dates, and '01.06.2024' is none: write one as '2020-12-31"),
+        ("(`bought at`) > 'now'", "bought at holds dates, and 'now' is none"),
         ("'June' < paid", "paid holds dates, and 'June' is none"),
         ("paid > 3", "paid holds dates, and 3 is none"),
         ("paid in ['2024-01-01']", "paid holds dates, and ['2024-01-01'] is none"),

@@ -18,7 +18,7 @@ from test_scripts import refused
 import data_loader
 from nextitnet import NextItNet
 from pruning import Stage
-from tools.serving.program import program_of
+from tools.export import program_of
 
 
 @pytest.fixture
@@ -240,8 +240,14 @@ def test_what_cannot_be_served_is_refused_in_one_line(chain, serving, run_here, 
     assert "is a file that is read" in refused(run_here(*represent, "--task", "2", *over))
     assert (tmp_path / "rows.csv").read_text() == "1,2,3\n"
     missing = ["tools.recommend", *source[2:], "--serving", str(tmp_path / "none"), "--task", "2"]
-    wanted = f"run `python -m tools.export --task 2 --output {tmp_path / 'none'}` first"
-    assert wanted in refused(run_here(*missing))
+    error = refused(run_here(*missing))
+    assert error.endswith(
+        "none does not exist: name one with --serving; `python -m tools.export --task 2` writes one\n"
+    )
+    assert "is damaged, or no serving file" in refused(run_here(*missing, "--serving", str(tmp_path)))
+    elsewhere = ["--serving", "", "--checkpoint_dir", "elsewhere"]
+    assert f"elsewhere/serving_t2.pt does not exist in {Path.cwd()}" in refused(run_here(*missing, *elsewhere))
+    assert "must end with .csv" in refused(run_here(*missing, "--output", str(tmp_path / "best")))
     classes = ["tools.recommend", "--task", "4", "--serving", str(serving(4)), "--exclude_seen"]
     assert "--exclude_seen is for tasks of items" in refused(run_here(*classes))
     bits = bytearray(Path(served).read_bytes())
@@ -262,14 +268,20 @@ def test_what_no_tool_wrote_is_replaced_only_if_asked(chain, serving, run_here, 
     error = refused(run_here("tools.represent", "--task", "2", "--serving", str(newest), "--data_path", str(data)))
     assert "no serving file: name one with --serving" in error and "--output" not in error
     export = ["tools.export", "--task", "2", "--checkpoint_dir", str(folder)]
-    assert f"{folder / 'tp_t4.pt'} exists: --over" in refused(run_here(*export, "--output", str(folder / "tp_t4.pt")))
-    own = ["--checkpoint", str(newest), "--output", str(newest), "--overwrite"]
-    assert "is the checkpoint that is read" in refused(run_here(*export, *own))
+    for name in ("tp_t4.pt", "ret_t6.pt", "tp_t5.snapshot.pt", "index.csv"):  # some exist, others would be believed
+        error = refused(run_here(*export, "--output", str(folder / name), "--overwrite"))
+        assert f"{folder / name} is the name of a" in error and error.endswith("give another name\n")
+    own = ["--checkpoint", str(shutil.copy(newest, tmp_path / "own.pt2")), "--overwrite"]
+    for flag in ("--output", "--program"):
+        assert f"{flag} {own[1]} is the checkpoint that is read" in refused(run_here(*export, *own, flag, own[1]))
+    both = ["--output", str(tmp_path / "x.pt2"), "--program", str(tmp_path / "x.pt2")]
+    assert "x.pt2 is --output too" in refused(run_here(*export, *both))
     read = ["--task", "2", "--serving", str(serving(2)), "--data_path", str(data), "--output"]
     for name in ("results.csv", "index.csv"):
         for tool in ("tools.represent", "tools.recommend"):
             (folder / name).write_text("kept\n")
-            assert f"{name} exists: --overwrite replaces it" in refused(run_here(tool, *read, str(folder / name)))
+            error = refused(run_here(tool, *read, str(folder / name), "--overwrite"))
+            assert f"{name} is the name of a table that the scripts write" in error
             assert (folder / name).read_text() == "kept\n"
     assert newest.read_bytes() == before
     (tmp_path / "task.pt2").write_text("kept")
@@ -277,5 +289,3 @@ def test_what_no_tool_wrote_is_replaced_only_if_asked(chain, serving, run_here, 
     assert "task.pt2 exists: --overwrite replaces it" in refused(run_here(*export, *program))
     for more, code in (((), 0), ((), 0), (("--task", "3"), 2), (("--task", "3", "--overwrite"), 0)):
         assert run_here(*export, "--output", str(tmp_path / "served"), *more)[0] == code, "its own is replaced"
-    assert run_here("tools.represent", *read, str(folder / "index.csv"), "--overwrite")[0] == 0
-    assert (folder / "index.csv").read_text().startswith("user,v0,")

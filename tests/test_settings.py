@@ -72,7 +72,7 @@ def test_every_number_has_a_range_and_every_field_a_comment(program):
         ("first_epochs", [1], [0]),
         ("first_seed", [0], [-1]),
         ("percents", [(1, 99)], [(0,), (50, 100)]),
-        ("depths", [(1, 1000)], [(1, 0)]),
+        ("depths", [(1, 254)], [(1, 0), (1, 255)]),
         ("seeds", [1], [0]),
         ("users", [1], [0]),
         ("history", [0.01, 1], [0.0, 1.1]),

@@ -48,6 +48,14 @@ def test_only_what_protects_its_weights_remembers(compared):
     assert not all(kept["SinMoAll", task] for task in "123")
 
 
+def test_a_benchmark_adds_rows_to_its_own_tables_alone(tmp_path, run_here):
+    own, other = tmp_path / "own.csv", tmp_path / "task.csv"
+    other.write_text("1,2,3,,4\n")
+    measure = ["benchmarks.evaluate", "--rows", "10", "--items", "9", "--channels", "8", "--dilations", "1", "--output"]
+    assert [run_here(*measure, str(path))[0] for path in (own, own, other)] == [0, 0, 2]
+    assert len(pd.read_csv(own)) == 2 and other.read_text() == "1,2,3,,4\n"
+
+
 def test_what_it_takes_to_serve_all_tasks(compared):
     _, table, _ = compared
     taken = table[table["seed"] == 10].groupby("method")["bytes_all_tasks"].max()
@@ -150,6 +158,9 @@ def test_capacity_learns_a_task_at_every_depth(demo, tmp_path, run_here):
         [ratio, *place] for ratio in (0.5, 0.9) for place in ((1, 0), (3, 1), (3, 3))
     ]
     for percent, share in ((50, 0.5), (90, 0.9)):
+        for path in (tmp_path / "seed_10" / f"ratio_{percent}").glob("*_t1.pt"):
+            code, output, _ = run_here("evaluate.py", "--checkpoint", str(path), "--device", "cpu")
+            assert code == 0 and "every task scores exactly as when it was learned" in output
         content, _ = checkpoint.load(str(tmp_path / "seed_10" / f"ratio_{percent}" / "ret_t3.pt"))
         free = pruning.shares(checkpoint.build_model(content))[pruning.FREE]
         assert free == pytest.approx(share**3, abs=0.02)

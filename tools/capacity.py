@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from conure import checkpoint, launch, losses
+from conure import checkpoint, launch, losses, metrics
+from conure.device import pick_device
 from conure.files import check_output, whole_file
+from conure.fingerprint import fingerprints
 from conure.settings import Range
 
 import pandas as pd
@@ -34,7 +36,7 @@ SPLIT_TASK, NEXT_TASK = 2, 3  # whose targets are split, and which task is learn
 class Hyperparameters(study.Settings):
     output_dir: str = "checkpoints/capacity"  # a folder per seed, capacity.csv and capacity.png
     percents: Annotated[tuple[int, ...], Range(1, 99)] = (50, 60, 70, 80, 90, 95)  # prune ratios to try, in per cent
-    depths: Annotated[tuple[int, ...], Range(1)] = (1, 4, 9)  # numbers of tasks after which task 3 is learned
+    depths: Annotated[tuple[int, ...], Range(1, pruning.MAX_TASKS - 1)] = (1, 4, 9)  # tasks learned before task 3
     overwrite: bool = False  # replace the table and picture of an earlier run; its checkpoints stay
 
 
@@ -69,9 +71,12 @@ class Capacity(study.Study):
         for layer in pruning.owned_weights(model):
             layer.owner.fill_(pruning.FREE)
         pruning.prune(model, 1, [ratio])
-        content["model"] = model.state_dict()
-        content["tasks"][1]["prune_ratio"] = ratio
-        del content["tasks"][1]["results"]["pruned"]  # which are those of another ratio
+        content["model"], record, device = model.state_dict(), content["tasks"][1], pick_device(hp.device)
+        stage = checkpoint.stage_of_state(1, "pruned")
+        record["prune_ratio"], record["fingerprint"] = ratio, fingerprints(model, content)[1]
+        record["results"]["pruned"] = metrics.evaluate(
+            model.to(device), self.data(1), stage, record["metric"], record["top_k"], device
+        )
         checkpoint.save(path, content)
 
     def model(self, percent: int, parts: list[data_loader.TaskData]) -> Iterator[dict[str, Any]]:

@@ -22,9 +22,12 @@ from conure.files import check_output, save_sealed, torch_writing, whole_file
 from conure.settings import Task
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from tools.serving import file
-from tools.serving.program import program_of
+from nextitnet import NextItNet
+from pruning import Stage
+from tools.serving.format import build_model, extract, is_of_task, path_of
 
 
 @dataclass
@@ -38,8 +41,31 @@ class Hyperparameters:
     overwrite: bool = False  # replace existing files; a serving file of the same task is replaced without it
 
 
+class Program(nn.Module):
+    """The model's own forward pass for one task, with the scores of its head."""
+
+    def __init__(self, model: NextItNet, task: int):
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, length) → user representations (B, C), scores (B, targets), which are -inf for `<UNK>`."""
+        if self.task > 1:
+            ids = F.pad(ids, (0, 1))  # the separator, where the target would come
+        user = self.model.user_representation(ids, Stage(self.task, "inference"))
+        scores = self.model.head(self.task)(user)
+        return user, torch.cat([torch.full_like(scores[:, :1], -torch.inf), scores[:, 1:]], dim=1)
+
+
+@torch.no_grad()
+def program_of(model: NextItNet, task: int, length: int) -> torch.export.ExportedProgram:
+    """Takes ids (rows, length) of any number of rows."""
+    example = torch.zeros(2, length, dtype=torch.int64)
+    return torch.export.export(Program(model, task), (example,), dynamic_shapes=({0: torch.export.Dim("rows")},))
+
+
 def write_program(path: str, content: dict[str, Any]) -> None:
-    exported = program_of(file.build_model(content), content["task"], content["length"])
+    exported = program_of(build_model(content), content["task"], content["length"])
     tokens = {f"{name}.txt": content[name].numpy().tobytes().decode() for name in ("items", "targets")}
     with whole_file(path) as output, torch_writing():
         torch.export.save(exported, output, extra_files=tokens)
@@ -47,19 +73,23 @@ def write_program(path: str, content: dict[str, Any]) -> None:
 
 
 def main(hp: Hyperparameters) -> None:
-    output = hp.output or file.path_of(hp.checkpoint_dir, hp.task)
-    check_output(output, hp.overwrite, own=file.is_of_task(output, hp.task))
+    output = hp.output or path_of(hp.checkpoint_dir, hp.task)
+    check_output(output, hp.overwrite, own=is_of_task(output, hp.task))
     if hp.program and not hp.program.endswith(".pt2"):
         raise InputError(f"--program {hp.program}: the name must end with .pt2")
+    if os.path.realpath(hp.program) == os.path.realpath(output):
+        raise InputError(f"--program {hp.program} is --output too: give another name")
     check_output(hp.program, hp.overwrite)
     path = hp.checkpoint or checkpoint.newest(hp.checkpoint_dir)
-    if os.path.realpath(path) == os.path.realpath(output):
-        raise InputError(f"--output {output} is the checkpoint that is read: give another name")
+    for flag, written in (("output", output), ("program", hp.program)):
+        if os.path.realpath(path) == os.path.realpath(written):
+            raise InputError(f"--{flag} {written} is the checkpoint that is read: give another name")
     content, _ = checkpoint.load(path)
     if hp.task not in content["tasks"]:
         raise InputError(f"{path} has learned tasks 1 to {max(content['tasks'])}: task {hp.task} is not among them")
+    checkpoint.build_model(content)  # InputError if it is another network than the scripts train
     print(f"checkpoint: {path}")
-    served = file.extract(content, hp.task, getattr(torch, hp.dtype))
+    served = extract(content, hp.task, getattr(torch, hp.dtype))
     save_sealed(output, served)
     before, after = (os.path.getsize(each) / 1e6 for each in (path, output))
     print(f"wrote {output} ({after:.2f} MB; the checkpoint has {before:.2f})")

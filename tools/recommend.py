@@ -38,6 +38,8 @@ def table(users: list[str], targets: np.ndarray, scores: np.ndarray, tokens: np.
 
 def main(hp: Hyperparameters) -> None:
     if hp.output:
+        if not hp.output.endswith(".csv"):
+            raise InputError(f"--output {hp.output}: the name must end with .csv")
         hp.check_output(hp.output)
     served = Served(hp, pick_device(hp.device))
     if hp.exclude_seen and served.metric == "accuracy":
@@ -47,7 +49,7 @@ def main(hp: Hyperparameters) -> None:
         for number, (users, ids) in enumerate(served.batches(hp.data_path, hp.ids)):
             best = table(users, *served.best(ids, hp.top_k, hp.exclude_seen), tokens)
             best.to_csv(file, index=False, header=number == 0)
-    print(served.said(), file=sys.stderr)
+    print(served.summary(), file=sys.stderr)
     if hp.output:
         print(f"wrote {hp.output}")
 

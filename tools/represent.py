@@ -91,7 +91,7 @@ def main(hp: Hyperparameters) -> None:
     batches = served.batches(hp.data_path, hp.ids)
     with whole_file(hp.output) as file:
         write(file, ((users, served.represent(ids).cpu().numpy()) for users, ids in batches))
-    print(served.said())
+    print(served.summary())
     print(f"wrote {hp.output}: {served.rows:,} rows, {served.channels} channels")
 
 

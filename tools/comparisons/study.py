@@ -32,7 +32,7 @@ METRIC = {4: "accuracy"}  # of the tasks that are not scored by ranking, as in t
 @dataclass
 class Settings:
     data_dir: str = "Data/Session"  # where the task files are
-    output_dir: str = "checkpoints/study"  # what is finished there is not done again, and what was begun goes on
+    output_dir: str = "checkpoints/study"  # finished stages are skipped, unfinished ones resume
     seeds: Count = 3  # how many runs of each kind
     first_seed: Seed = 10  # of the first run; each further one counts up
     device: Device = "auto"  # auto: cuda if there is a GPU
@@ -44,7 +44,7 @@ class Settings:
     learning_rate: Positive = 1e-3  # of every other task
 
 
-class Origin(StageFiles):
+class StudyFiles(StageFiles):
     """A stage that starts from the checkpoint named, or from nothing, wherever it stands."""
 
     def __init__(self, start: str | None, network: type[NextItNet], *arguments: Any):
@@ -109,7 +109,7 @@ class Study:
         folder.mkdir(parents=True, exist_ok=True)
         hp.checkpoint_dir = str(folder)
         with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.suppress(NothingToDo):
-            run = training.Run(hp, stage, data, metric, lambda *arguments: Origin(start, network, *arguments))
+            run = training.Run(hp, stage, data, metric, lambda *arguments: StudyFiles(start, network, *arguments))
             run.train(loss, to_the_end=True)  # as one that is cut short would be compared with others that are not
             if network is NextItNet and stage.mode == "tp":
                 run.prune()

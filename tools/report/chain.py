@@ -45,7 +45,7 @@ class Chain:
 
     def learned(self, task: int) -> Cell:
         """What the task scored at the end of its own last stage."""
-        return recorded(self.records[task]) or self.now(task)
+        return recorded(self.records[task])
 
     def now(self, task: int) -> Cell:
         return self.cells[task, self.stages[-1]]
@@ -78,27 +78,26 @@ def cell_of(scores: dict[str, float], source: str) -> Cell:
     return Cell(*next(iter(scores.items())), source)
 
 
-def recorded(record: dict[str, Any]) -> Cell | None:
-    """What the record of a task says of its own last stage; None where it does not, as after tools/capacity.py, which
-    prunes one model by several ratios."""
-    scores = record["results"].get(record["state"])
-    return cell_of(scores["test"], "recorded") if scores else None
+def recorded(record: dict[str, Any]) -> Cell:
+    """What the record of a task says of its own last stage."""
+    return cell_of(record["results"][record["state"]]["test"], "recorded")
 
 
 def read(folder: str, data_dir: str, device: torch.device) -> Chain:
     """Goes through the checkpoints of `folder`, in order, with one of them in memory at a time.
 
-    InputError if there is none, as checkpoint.load, and as rescoring.load_data where a task has to be scored anew.
+    InputError if there is none, as checkpoint.load and build_model, and as rescoring.load_data where a task has to be
+    scored anew.
     """
     checkpoint.newest(folder)  # which says what to run where there is none
     chain, seen = Chain(folder), {}  # seen: for each task what it read when it was last scored
     for path in checkpoint.in_folder(folder):
         content, _ = checkpoint.load(os.path.join(folder, path))
-        model, stage = model_of(content, os.path.join(folder, path)), checkpoint.stage_of(path)
+        model, stage = checkpoint.build_model(content), checkpoint.stage_of(path)
         fingerprints = fingerprint.fingerprints(model, content)
         for task, record in sorted(content["tasks"].items()):
             reads = fingerprints[task]
-            if stage.task == task and recorded(record):
+            if stage.task == task:
                 cell = recorded(record)
             elif seen.get(task) == reads:
                 cell = chain.cells[task, chain.stages[-1]]._replace(source="same")
@@ -113,14 +112,6 @@ def read(folder: str, data_dir: str, device: torch.device) -> Chain:
     chain.records, chain.items = dict(sorted(content["tasks"].items())), len(model.embedding.weight)
     chain.layers = list(layers_of(model))
     return chain
-
-
-def model_of(content: dict[str, Any], path: str) -> NextItNet:
-    """The checkpoint's model; InputError if it is another network, as some of tools/baselines.py are."""
-    try:
-        return checkpoint.build_model(content)
-    except RuntimeError:
-        raise InputError(f"{path} holds another network than the scripts train") from None
 
 
 def layers_of(model: NextItNet) -> Iterable[Layer]:

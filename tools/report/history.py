@@ -4,6 +4,7 @@ import os
 from typing import NamedTuple
 
 from conure.errors import InputError
+from conure.line_reader import missing
 from conure.reporting import SCORES
 
 import pandas as pd
@@ -26,7 +27,7 @@ def histories(folder: str) -> list[History]:
     """Every task in results.csv; InputError if it is missing or another table."""
     path = os.path.join(folder, "results.csv")
     if not os.path.exists(path):
-        raise InputError(f"{path} does not exist: the scripts write it beside their checkpoints")
+        raise InputError(f"{missing(path)}: the scripts write it beside their checkpoints")
     try:
         table = pd.read_csv(path, dtype={"task": int, "epoch": float}, float_precision="round_trip")
     except ValueError:

@@ -154,8 +154,6 @@ def matrix(chain: Chain) -> Html:
         ),
         element("h3", "Average, backward transfer, forgetting"),
         transfers(chain),
-        element("h3", "Task by task"),
-        changes(chain),
     )
 
 
@@ -202,17 +200,6 @@ def difference(value: float | None) -> str:
 def signed(number: str) -> str:
     """With a plus, or with a true minus sign."""
     return number.replace("-", "−") if number.startswith("-") else f"+{number}"
-
-
-def changes(chain: Chain) -> Html:
-    rows = []
-    for task in chain.records:
-        learned, now = chain.learned(task), chain.now(task)
-        kind = "changed" if chain.changed(task, chain.stages[-1]) else ""
-        relative = signed(percent(now.score / learned.score - 1)) if learned.score else "–"
-        change = td(relative if kind else "0\N{NO-BREAK SPACE}%", kind)
-        rows.append([f"{task_name(task)}, {learned.name}", f"{learned.score:.4f}", f"{now.score:.4f}", change])
-    return table("Change of each task", ["task", "when learned", "now", "change"], rows)
 
 
 def ownership(chain: Chain) -> Html:

@@ -1,4 +1,4 @@
-"""The report's pictures, drawn by matplotlib: SVG on a light or a dark page, and PNG."""
+"""The report's pictures, drawn by matplotlib: SVG for a light or a dark page."""
 
 import io
 from collections.abc import Callable
@@ -72,40 +72,16 @@ def style(theme: Theme) -> dict[str, object]:
 
 def svg(theme: Theme, size: tuple[float, float], draw: Callable[[Figure], None]) -> bytes:
     """A picture without a background of its own, `size` in inches."""
-    return rendered(theme, size, draw, format="svg", transparent=True, metadata={"Date": None})
-
-
-def png(size: tuple[float, float], draw: Callable[[Figure], None]) -> bytes:
-    return rendered(LIGHT, size, draw, format="png", dpi=110)
-
-
-def rendered(theme: Theme, size: tuple[float, float], draw: Callable[[Figure], None], **how: object) -> bytes:
     with matplotlib.rc_context(style(theme)):
         figure, file = Figure(size, layout="constrained"), io.BytesIO()
         draw(figure)
-        figure.savefig(file, **how)
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
         return file.getvalue()
 
 
 def learning_curve(history: History, theme: Theme) -> bytes:
     """The panel of one task."""
     return svg(theme, (4.7, 2.9), lambda figure: draw_history(figure.subplots(), history, theme))
-
-
-def learning_curves(histories: list[History]) -> bytes:
-    """The panels of all tasks, two in a row, with a legend."""
-    rows = -(-len(histories) // 2)
-
-    def draw(figure: Figure) -> None:
-        panels = figure.subplots(rows, 2, squeeze=False).flatten()
-        for axes, history in zip(panels, histories):
-            draw_history(axes, history, LIGHT)
-        for axes in panels[len(histories) :]:
-            axes.remove()
-        named = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels())}
-        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(named))
-
-    return png((9.4, 2.9 * rows + 0.4), draw)
 
 
 def draw_history(axes: Axes, history: History, theme: Theme) -> None:
@@ -117,33 +93,24 @@ def draw_history(axes: Axes, history: History, theme: Theme) -> None:
         axes.axvline(history.pruned[0], color=theme.line, linewidth=0.8, zorder=1)
     colours = {"tp": theme.tp, "ret": theme.ret}
     for state, curve in history.curves.items():
-        label = f"{state}, on validation"
-        axes.plot(*zip(*curve), color=colours[state], linewidth=1.8, marker=".", markersize=4, label=label)
+        axes.plot(*zip(*curve), color=colours[state], linewidth=1.8, marker=".", markersize=4)
     if history.pruned and "tp" in history.kept:
         (x, y), (end, low) = history.kept["tp"], history.pruned
-        axes.plot([x, end, end], [y, y, low], color=theme.muted, linewidth=1.2, linestyle=(0, (3, 2)), label="pruning")
+        axes.plot([x, end, end], [y, y, low], color=theme.muted, linewidth=1.2, linestyle=(0, (3, 2)))
     for state, point in history.kept.items():
-        mark(axes, point, "o", 8, colours[state], "none", "kept: best on validation" if state == "tp" else None)
+        mark(axes, point, "o", 8, colours[state], "none")
     for state, point in history.test.items():
-        mark(axes, point, "D", 5.5, theme.paper, colours.get(state, theme.muted), "test" if state == "tp" else None)
+        mark(axes, point, "D", 5.5, theme.paper, colours.get(state, theme.muted))
     axes.margins(y=0.12)
 
 
-def mark(axes: Axes, point: Point, shape: str, size: float, edge: str, face: str, label: str | None) -> None:
-    how = {"marker": shape, "markersize": size, "markeredgecolor": edge, "markerfacecolor": face, "label": label}
-    axes.plot(*point, linestyle="none", zorder=3, **how)
+def mark(axes: Axes, point: Point, shape: str, size: float, edge: str, face: str) -> None:
+    axes.plot(*point, shape, markersize=size, markeredgecolor=edge, markerfacecolor=face, zorder=3)
 
 
 def ownership(layers: list[Layer], theme: Theme, width: float) -> bytes:
-    return svg(theme, ownership_size(layers, width), lambda figure: draw_ownership(figure, layers, theme))
-
-
-def ownership_png(layers: list[Layer]) -> bytes:
-    return png(ownership_size(layers, 9.4), lambda figure: draw_ownership(figure, layers, LIGHT))
-
-
-def ownership_size(layers: list[Layer], width: float) -> tuple[float, float]:
-    return width, 0.33 * len(layers) + 1
+    size = width, 0.33 * len(layers) + 1
+    return svg(theme, size, lambda figure: draw_ownership(figure, layers, theme))
 
 
 def draw_ownership(figure: Figure, layers: list[Layer], theme: Theme) -> None:

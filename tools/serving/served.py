@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data_loader import PADDING, UNKNOWN, Encoder, Vocabulary, pad_left
 from pruning import Stage
-from tools.serving.file import build_model, load, path_of
+from tools.serving.format import build_model, load, path_of
 
 
 @dataclass
@@ -26,14 +26,15 @@ class Source:
     """Settings that tools.represent and tools.recommend share."""
 
     task: Task = 1  # the task that is served
-    serving: str = ""  # the file that tools.export wrote; empty: checkpoints/serving_tK.pt for task K
+    checkpoint_dir: str = "checkpoints"  # where the scripts wrote their checkpoints
+    serving: str = ""  # the file that tools.export wrote; empty: serving_tK.pt in checkpoint_dir, K being the task
     data_path: str = "Data/Session/original_desen_pretrain.csv"  # one user a line; targets after `,,` are ignored
     ids: str = ""  # a file that names the user of each row, one a line; empty: row numbers from 1
     device: Device = "auto"  # auto: cuda if there is a GPU
     overwrite: bool = False  # replace an existing output
 
     def serving_path(self) -> str:
-        return self.serving or path_of("checkpoints", self.task)
+        return self.serving or path_of(self.checkpoint_dir, self.task)
 
     def check_output(self, path: str) -> None:
         """InputError if `path` is one of the inputs, or exists and is not to be replaced."""
@@ -112,7 +113,7 @@ class Served:
             found.append({"indices": indices, "values": values})
         return tuple(torch.cat([part[name] for part in found]).cpu().numpy() for name in ("indices", "values"))
 
-    def said(self) -> str:
+    def summary(self) -> str:
         """What was read, and what of it the model does not know."""
         return (
             f"{self.rows:,} rows; read as {UNKNOWN}: {self.unknown:,} items that task 1 never saw; {self.cut:,} rows "

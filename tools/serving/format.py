@@ -17,6 +17,7 @@ from typing import Any
 from conure import checkpoint
 from conure.errors import InputError
 from conure.files import load_sealed
+from conure.line_reader import missing
 
 import numpy as np
 import torch
@@ -55,24 +56,23 @@ def extract(content: dict[str, Any], task: int, dtype: torch.dtype) -> dict[str,
 
 
 def content_of(path: str) -> dict[str, Any] | None:
-    """None if `path` is damaged or no serving file; its task and format may be any."""
+    """None if `path` is missing, damaged or no serving file; its task and format may be any."""
     content, _ = load_sealed(path)
     return content if content and "conv" in content else None
 
 
 def is_of_task(path: str, task: int) -> bool:
     """Whether `path` is an undamaged serving file of `task`."""
-    return os.path.isfile(path) and (content_of(path) or {}).get("task") == task
+    return (content_of(path) or {}).get("task") == task
 
 
 def load(path: str, task: int) -> dict[str, Any]:
     """The serving file of `task`; InputError if it is missing, damaged, or of another task."""
     export = f"python -m tools.export --task {task}"
-    if not os.path.exists(path):
-        raise InputError(f"{path} does not exist: run `{export} --output {path}` first, which writes it")
     content = content_of(path)
-    if content is None:  # it may be a checkpoint, so the message must not propose to write there
-        raise InputError(f"{path} is damaged, or no serving file: name one with --serving; `{export}` writes one")
+    if content is None:  # it may be a checkpoint, or be named as one, so no message proposes to write there
+        wrong = f"{path} is damaged, or no serving file" if os.path.exists(path) else missing(path)
+        raise InputError(f"{wrong}: name one with --serving; `{export}` writes one")
     if content["task"] != task:
         raise InputError(f"{path} serves task {content['task']}: give --task {content['task']}, or another --serving")
     if content["format"] != FORMAT:
