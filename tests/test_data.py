@@ -69,12 +69,12 @@ def test_short_rows_are_padded_on_the_left_and_zero_is_the_last_item_if_the_file
 
 @pytest.mark.parametrize("begin, end", [("", ""), ("\ufeff", "\n"), ("\n", "\n\n")])
 @pytest.mark.parametrize(
-    "comma, line_end", [(",", "\n"), (",", "\r\n"), (",", ",\n"), (",", "\n\n \n"), (" ,\t", "\t\n ")]
+    "comma, newline", [(",", "\n"), (",", "\r\n"), (",", ",\n"), (",", "\n\n \n"), (" ,\t", "\t\n ")]
 )
-def test_files_are_read_as_anyone_would_mean_them(tmp_path, begin, end, comma, line_end):
+def test_files_are_read_as_anyone_would_mean_them(tmp_path, begin, end, comma, newline):
     """With a byte-order mark, Windows' line ends, no last one, commas at the end, empty lines, spaces around tokens."""
     lines = [list("123"), list("456"), list("789"), list("123")]
-    assert tokens(sequences(tmp_path, begin + line_end.join(map(comma.join, lines)) + end)) == lines
+    assert tokens(sequences(tmp_path, begin + newline.join(map(comma.join, lines)) + end)) == lines
 
 
 def test_writers_of_one_file_wait_for_each_other(tmp_path):
@@ -231,11 +231,9 @@ def test_the_index_of_other_data_is_refused(tmp_path):
 def test_what_is_no_index_is_refused_with_harmless_advice(tmp_path, content, reason):
     path = tmp_path / "index.csv"
     path.write_text(content)
-    with pytest.raises(
-        InputError, match=f"is no item index .*{reason}.* run `python conure_tp_t1.py` as before"
-    ) as error:
+    with pytest.raises(InputError, match=f"is no item index .*{reason}") as error:
         data_loader.read_index(str(path))
-    assert "overwrite" not in str(error.value)
+    assert "run `python conure_tp_t1.py` as before" in str(error.value) and "overwrite" not in str(error.value)
 
 
 def test_log_uniform_negatives_are_distinct_and_as_frequent_as_expected():

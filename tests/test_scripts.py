@@ -113,18 +113,17 @@ def test_a_missing_predecessor_names_the_script_to_run(run_here, demo, chain, tm
 
 
 def test_other_data_another_vocabulary_or_a_damaged_checkpoint_is_refused(run_here, chain_copy):
-    folder = chain_copy
-    assert "other data" in refused(run_here("conure_ret_t1.py", *flags(folder, 1), "--test_fraction", "0.3"))
-    with open(folder / "Data" / FILES[2], "a") as file:
+    assert "other data" in refused(run_here("conure_ret_t1.py", *flags(chain_copy, 1), "--test_fraction", "0.3"))
+    with open(chain_copy / "Data" / FILES[2], "a") as file:
         file.write("1,2,3,,clicks0_1\n")
-    assert "run `python conure_tp_t2.py --overwrite`" in refused(run_here("conure_ret_t2.py", *flags(folder, 2)))
-    file_lines = (folder / "Data" / "index.csv").read_text().splitlines()
-    with open(folder / "Data" / "index.csv", "a") as file:
+    assert "run `python conure_tp_t2.py --overwrite`" in refused(run_here("conure_ret_t2.py", *flags(chain_copy, 2)))
+    file_lines = (chain_copy / "Data" / "index.csv").read_text().splitlines()
+    with open(chain_copy / "Data" / "index.csv", "a") as file:
         file.write(f"brandnew,{len(file_lines) - 1}\n")
-    error = refused(run_here("conure_tp_t2.py", *flags(folder, 2)))
+    error = refused(run_here("conure_tp_t2.py", *flags(chain_copy, 2)))
     assert "another vocabulary" in error and "conure_tp_t1.py" in error
-    (folder / "checkpoints" / "tp_t2.pt").write_bytes(b"no checkpoint at all")
-    error = refused(run_here("conure_ret_t2.py", *flags(folder, 2)))
+    (chain_copy / "checkpoints" / "tp_t2.pt").write_bytes(b"no checkpoint at all")
+    error = refused(run_here("conure_ret_t2.py", *flags(chain_copy, 2)))
     assert "tp_t2.pt is damaged or cut short" in error and "conure_tp_t2.py" in error
 
 
