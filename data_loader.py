@@ -195,7 +195,7 @@ def _ids_of(vocabulary: Vocabulary | None) -> tuple[Vocabulary, Callable[[list[s
     return (grown, grown.grow) if vocabulary is None else (vocabulary, vocabulary.look_up)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TaskData:
     """All examples of one task. Example i is `rows[users[i]]` with `targets[i]`.
 
@@ -203,17 +203,18 @@ class TaskData:
     Later tasks: rows (U, L+1) are the sequences and the separator 0; one example for each target in a line.
     """
 
-    path: str
-    digest: str  # SHA-256 of the file
+    path: str = ""
+    digest: str = ""  # SHA-256 of the file
     rows: np.ndarray  # (U, T) int32, padded on the left
     users: np.ndarray  # (N,) int32
     targets: np.ndarray  # (N,) int32
     items: Vocabulary
     target_vocabulary: Vocabulary  # of the targets; `items` itself for task 1
-    padding_id: int
-    unknown_items: int  # places in the sequences, padding included, whose token is not in `items`
-    unknown_targets: int
-    splits: dict[str, np.ndarray]  # of example numbers: train, validation, test, and heldout = the last two
+    padding_id: int = -1  # of `0`; -1: it is no item
+    unknown_items: int = 0  # places in the sequences, padding included, whose token is not in `items`
+    unknown_targets: int = 0
+    # Of example numbers: train, validation, test, and heldout = the last two.
+    splits: dict[str, np.ndarray] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # what may not be meant
 
     def batch(self, examples: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -258,7 +259,6 @@ def load_sequences(path: str, test_fraction: float, items: Vocabulary | None = N
         target_vocabulary=items,
         padding_id=items.ids.get(PADDING, -1),
         unknown_items=rows.size - np.count_nonzero(rows),
-        unknown_targets=0,
         splits=_split(len(rows), test_fraction, path),
         notes=notes,
     )

@@ -32,17 +32,11 @@ def make_data(hp: Hyperparameters) -> data_loader.TaskData:
     rows = np.random.default_rng(10).integers(1, hp.items, (hp.rows, hp.length), dtype=np.int32)
     vocabulary = data_loader.Vocabulary()
     return data_loader.TaskData(
-        path="",
-        digest="",
         rows=rows[:, :-1],
         users=np.arange(hp.rows),
         targets=rows[:, -1],
         items=vocabulary,
         target_vocabulary=vocabulary,
-        padding_id=-1,
-        unknown_items=0,
-        unknown_targets=0,
-        splits={},
     )
 
 

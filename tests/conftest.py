@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,31 +24,24 @@ FILES = {
 }
 SLOW = ("test_readme", "test_scripts", "test_soak")  # besides all that needs the demo data or a chain
 STAGES = [(task, mode) for task in FILES for mode in ("tp", "ret")]
+PROGRAMS = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for pattern in ("*.py", "tools/**/*.py", "Data/*.py", "benchmarks/*.py")
+    for path in sorted(ROOT.glob(pattern))
+    if "launch.run(" in path.read_text()
+]
 
 
 def flags(folder: Path, task: int) -> list[str]:
     """Where `folder` has the data (folder/Data) and the checkpoints (folder/checkpoints) of a test's chain."""
-    data = folder / "Data"
-    return [
-        "--data_path", str(data / FILES[task]),
-        "--index_path", str(data / "index.csv"),
-        "--checkpoint_dir", str(folder / "checkpoints"),
-        "--device", "cpu",
-    ]  # fmt: skip
+    data = ["--data_path", str(folder / "Data" / FILES[task]), "--index_path", str(folder / "Data" / "index.csv")]
+    return [*data, "--checkpoint_dir", str(folder / "checkpoints"), "--device", "cpu"]
 
 
-def run_script(name: str, *arguments: str) -> str:
-    """Runs a script in a process of its own and returns what it printed; it must succeed."""
-    return run_python(str(ROOT / name), *arguments)
-
-
-def run_module(name: str, *arguments: str) -> str:
-    """As run_script, for a tool."""
-    return run_python("-m", name, *arguments)
-
-
-def run_python(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT)
+def run_python(*arguments: str, **environment: str) -> str:
+    """Runs Python in a process of its own at the project's root and returns what it printed; it must succeed."""
+    environment = os.environ | environment
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -59,12 +53,10 @@ def run_here(monkeypatch, capsys):
     def run(name: str, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [name, *arguments])
         monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
-        is_script = name.endswith(".py")
-        start = (
-            partial(runpy.run_path, str(ROOT / name)) if is_script else partial(runpy.run_module, name, alter_sys=True)
-        )
+        module = partial(runpy.run_module, alter_sys=True)
+        start, place = (runpy.run_path, str(ROOT / name)) if name.endswith(".py") else (module, name)
         with pytest.raises(SystemExit) as end:
-            start(run_name="__main__")
+            start(place, run_name="__main__")
         return (end.value.code, *capsys.readouterr())
 
     return run
@@ -86,8 +78,8 @@ def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]
     return made
 
 
-def make_demo(folder: Path) -> None:
-    run_module("Data.make_demo", "--output_dir", str(folder / "Data"), "--users", "1500", "--length", "20")
+def make_demo(folder: Path, users: int = 1500) -> None:
+    run_python("-m", "Data.make_demo", "--output_dir", str(folder / "Data"), "--users", str(users), "--length", "20")
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +102,7 @@ def make_chain(folder: Path) -> None:
     printed = {}
     for task, mode in STAGES:
         settings = chain_settings(task, mode)
-        printed[f"{mode}{task}"] = run_script(f"conure_{mode}_t{task}.py", *flags(folder, task), *settings)
+        printed[f"{mode}{task}"] = run_python(f"conure_{mode}_t{task}.py", *flags(folder, task), *settings)
     (folder / "printed.json").write_text(json.dumps(printed))
 
 
@@ -120,6 +112,12 @@ def chain(made_once) -> tuple[Path, dict[tuple[int, str], str]]:
     folder = made_once("chain", make_chain)
     printed = json.loads((folder / "printed.json").read_text())
     return folder, {(task, mode): printed[f"{mode}{task}"] for task, mode in STAGES}
+
+
+@pytest.fixture
+def chain_copy(chain, tmp_path) -> Path:
+    """A finished chain of one's own."""
+    return Path(shutil.copytree(chain[0], tmp_path / "copy"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

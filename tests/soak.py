@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conure import checkpoint, line_reader
 from conure.errors import InputError
 
-from conftest import FILES, STAGES, flags, run_module
+from conftest import FILES, STAGES, flags, make_demo
 
 import data_loader
 from pruning import Stage
@@ -42,10 +42,6 @@ def command(folder: Path, task: int, mode: str, epochs: int) -> list[str]:
     small = ["--channels", "64", "--dilations", "1,4"] if (task, mode) == (1, "tp") else []
     often = ["--eval_every", "7", "--snapshot_minutes", "0.002", "--epochs", str(epochs), "--batch_size", "64"]
     return [sys.executable, str(ROOT / f"conure_{mode}_t{task}.py"), *flags(folder, task), *small, *often]
-
-
-def make_demo(folder: Path, users: int) -> None:
-    run_module("Data.make_demo", "--output_dir", str(folder / "Data"), "--users", str(users), "--length", "20")
 
 
 def run_chain(folder: Path, epochs: int = 1) -> None:
@@ -183,8 +179,8 @@ def read_plainly(content: bytes) -> list[tuple[list[str], list[str]]] | int:
 def rows(folder: Path, tried: int) -> dict[str, int]:
     """Mutated data files: each is read as a plain parser reads it, or refused with file and line."""
     dice, wrong, chunk_bytes = random.Random(3), 0, line_reader.CHUNK_BYTES
-    pieces = [b",", b",,", b"\n", b"\r\n", b" ", b"\t", b"0", b"abc", "ä€".encode(), b"\xff", b"\0", b"\x1b", b'"',
-              b"\r", b"\xef\xbb\xbf", b"x" * 300, b"1,2,,3", b"<UNK>", b"longer than eight"]  # fmt: skip
+    pieces = [b",", b",,", b"\n", b"\r\n", b" ", b"\t", b"\xff", b"\0", b"\x1b", b'"', b"\r", b"\xef\xbb\xbf"]
+    pieces += [b"0", b"abc", "ä€".encode(), b"x" * 300, b"1,2,,3", b"<UNK>", b"longer than eight"]
     path = folder / "rows.csv"
     for _ in range(tried):
         content = b"".join(b"1,22,a b,,3,4444444444\n" for _ in range(dice.randrange(12, 20))) + b"5,,6"
@@ -224,11 +220,9 @@ def disk_full(folder: Path, stages: list[tuple[int, str]]) -> dict[str, int]:
     for task, mode in stages:
         kept = {path: path.read_bytes() for path in (folder / "checkpoints").glob("*.pt")}
         limit = [len(kept[folder / "checkpoints" / f"{mode}_t{task}.pt"]) // 2] * 2
-        done = subprocess.run(
-            [*command(folder, task, mode, 1), "--overwrite"],
-            capture_output=True, text=True,
-            preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, limit),
-        )  # fmt: skip
+        limited = partial(resource.setrlimit, resource.RLIMIT_FSIZE, limit)
+        again = [*command(folder, task, mode, 1), "--overwrite"]
+        done = subprocess.run(again, capture_output=True, text=True, preexec_fn=limited)
         told = done.returncode == 2 and "could not be written" in done.stderr and done.stderr.count("\n") == 1
         now = {path: path.read_bytes() for path in (folder / "checkpoints").glob("*.pt")}
         checkpoint.load(str(folder / "checkpoints" / f"{mode}_t{task}.pt"))
@@ -272,23 +266,16 @@ def memory(folder: Path, epochs: int) -> dict[str, int]:
     """The resident memory of a long run, from the end of its second epoch to its last."""
     make_demo(folder, users=2000)
     arguments = ["--channels", "32", "--dilations", "1,4", "--epochs", str(epochs), "--snapshot_minutes", "0.02"]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "conure_tp_t1.py"), *flags(folder, 1), *arguments],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    script = [sys.executable, str(ROOT / "conure_tp_t1.py"), *flags(folder, 1), *arguments]
+    process = subprocess.Popen(script, stdout=subprocess.PIPE, text=True)
     resident = []
     for line in process.stdout:
         if line.startswith("RESULT") and "state=tp split=validation" in line:
             pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
             resident.append(pages * os.sysconf("SC_PAGE_SIZE") // 1_000_000)
     assert process.wait() == 0
-    return {
-        "epochs": epochs,
-        "mb_epoch_2": resident[2],
-        "mb_last": resident[-1],
-        "growth_mb": max(resident[3:]) - resident[2],
-    }
+    second, *later = resident[2:]
+    return {"epochs": epochs, "mb_epoch_2": second, "mb_last": later[-1], "growth_mb": max(later) - second}
 
 
 PARTS: dict[str, tuple[Callable[..., dict[str, int]], tuple]] = {

@@ -1,6 +1,7 @@
 """Tables of interactions → task files: Data/from_interactions.py."""
 
 import gzip
+import itertools
 import os
 import re
 import shlex
@@ -27,9 +28,9 @@ def make(tmp_path, monkeypatch, run_here):
     """Writes tables into the working folder, runs the script there, and returns what it printed and what it wrote."""
     monkeypatch.chdir(tmp_path)
 
-    def run(tables: dict[str, str], *flags: str) -> tuple[str, dict[str, list[str]]]:
+    def run(tables: dict[str, str | bytes], *flags: str) -> tuple[str, dict[str, list[str]]]:
         for name, content in tables.items():
-            Path(name).write_text(content)
+            Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
         first = next(iter(tables))
         code, printed, error = run_here(SCRIPT, "--interactions", first, *flags, "--output_dir", "out", "--overwrite")
         assert code == 0, error
@@ -88,31 +89,21 @@ def test_movielens_gives_the_files_of_the_results_byte_for_byte(tmp_path, run_he
     assert code == 2 and "--overwrite" in error
 
 
-def test_a_gzipped_csv_with_half_stars(tmp_path, run_here):
-    ratings = ["userId,movieId,rating,timestamp"]
-    ratings += [f"{user},{movie},{rating},{time}" for user in (2, 1) for time, (movie, rating) in enumerate(
-        [(10, 3.0), (20, 1.0), (30, 2.5), (40, 4.0), (50, 4.5), (60, 5.0), (70, 5.0)])]  # fmt: skip
-    with gzip.open(tmp_path / "ratings.csv.gz", "wt") as file:
-        file.write("\n".join(ratings))
-    flags = ["--interactions", str(tmp_path / "ratings.csv.gz"), "--user", "userId", "--item", "movieId"]
-    flags += ["--length", "4", "--history", "0.5", "--output_dir", str(tmp_path / "out")]
-    code, _, error = run_here(SCRIPT, *flags, *RATED)
-    assert code == 0, error
-    assert {short(path.name): path.read_text() for path in (tmp_path / "out").iterdir()} == {
-        "pretrain": "0,10,20,30\n" * 2,
-        "click": "0,10,20,30,,40,50\n" * 2,
-        "like": "0,10,20,30,,60,70\n" * 2,
-        "users": "1\n2\n",
-        "users_click": "1\n2\n",
-        "users_like": "1\n2\n",
-    }
+def test_a_gzipped_csv_with_half_stars(make):
+    stars = [3.0, 1.0, 2.5, 4.0, 4.5, 5.0, 5.0]
+    ratings = [(user, 10 * time, rating, time) for user in (2, 1) for time, rating in enumerate(stars, start=1)]
+    content = gzip.compress(table(ratings, "userId,movieId,rating,timestamp").encode())
+    flags = ["--user", "userId", "--item", "movieId", "--length", "4", "--history", "0.5"]
+    _, files = make({"ratings.csv.gz": content}, *flags, *RATED)
+    lines = {"pretrain": "0,10,20,30", "click": "0,10,20,30,,40,50", "like": "0,10,20,30,,60,70"}
+    assert {name: files.pop(name) for name in lines} == {name: [line, line] for name, line in lines.items()}
+    assert files == {"users": ["1", "2"], "users_click": ["1", "2"], "users_like": ["1", "2"]}
 
 
 def test_nothing_after_the_cut_is_in_a_sequence_however_the_rows_are_shuffled(make):
     random = np.random.default_rng(3)
-    times = random.permutation(4000)
-    rows = [(user, f"i{time}", time, int(random.random() < 0.7))
-            for user, time in zip(random.integers(0, 40, 4000).tolist(), times.tolist())]  # fmt: skip
+    times, users = random.permutation(4000).tolist(), random.integers(0, 40, 4000).tolist()
+    rows = [(user, f"i{time}", time, int(random.random() < 0.7)) for user, time in zip(users, times)]
     header, flags = "user_id,item_id,timestamp,seen", ["--where", "seen == 1", "--task", "click=later", "--length", "9"]
     _, first = make({"rows.csv": table(rows, header)}, *flags)
     random.shuffle(rows)
@@ -194,14 +185,14 @@ def test_an_order_that_is_none_is_named_by_the_files_line(refused):
 def test_rows_are_ordered_by_all_columns_named_and_ties_stay_as_they_were(make):
     rows = [("a", item, day, hour) for item, day, hour in zip("54321", "12211", (12, 10, 9, 2, 2))]
     tables = {"rows.csv": table(rows, "user_id,item_id,day,hour")}
-    last = {order: make(tables, "--history", "1", "--length", "5", "--order", order)[1]["pretrain"][0]
-            for order in ("day,hour", "day", "hour", "")}  # fmt: skip
-    assert last == {"day,hour": "2,1,5,3,4", "day": "5,2,1,4,3", "hour": "2,1,3,4,5", "": "5,4,3,2,1"}
+    ordered = {"day,hour": "2,1,5,3,4", "day": "5,2,1,4,3", "hour": "2,1,3,4,5", "": "5,4,3,2,1"}
+    for order, expected in ordered.items():
+        assert make(tables, "--history", "1", "--length", "5", "--order", order)[1]["pretrain"] == [expected]
 
 
 def test_ids_and_classes_keep_their_text_and_conditions_see_numbers(make):
-    rows = [(user, item, time, value) for user in ("007", "7", "1.0") for time, (item, value) in enumerate(
-        [("0042", ""), ("42", "5"), (" 1 ", "10"), ("1.0", "9"), ("0", "10"), ("0", "2"), ("42", "10")])]  # fmt: skip
+    rated = [("0042", ""), ("42", "5"), (" 1 ", "10"), ("1.0", "9"), ("0", "10"), ("0", "2"), ("42", "10")]
+    rows = [(user, item, time, value) for user in ("007", "7", "1.0") for time, (item, value) in enumerate(rated)]
     users = "user_id,zip\n007,02134\n7,\n1.0,2134\n"
     tables = {"rows.csv": table(rows, "user_id,item_id,timestamp,value"), "users.csv": users}
     flags = ["--users", "users.csv", "--task", "many=later where value >= 10 or item_id == 42"]
@@ -263,12 +254,9 @@ def test_files_where_the_scripts_look_are_not_named_again(monkeypatch, capsys):
         'task 3, gender: of classes, see "Adding a task" in README.md',
         "task 4, gender: python conure_tp_t4.py",
     ]
-    print_next_steps("a b", ["pretrain", "click", "like", "shares"], set())
-    assert capsys.readouterr().out.splitlines()[2:] == [
-        f"task 3, like: python conure_tp_t3.py --data_path 'a b/{file_of('like')}' --index_path 'a b/index.csv' "
-        "--checkpoint_dir 'a b/checkpoints'",
-        'task 4, shares: of items, see "Adding a task" in README.md',
-    ]
+    print_next_steps("a b", ["pretrain", "click"], set())
+    apart = "--index_path 'a b/index.csv' --checkpoint_dir 'a b/checkpoints'\n"
+    assert capsys.readouterr().out.endswith(f" --data_path 'a b/{file_of('click')}' {apart}")
 
 
 def test_very_many_targets_take_several_lines_that_the_scripts_can_read(make):
@@ -332,11 +320,6 @@ USERS = ROWS | {"users.csv": "user_id,age\na,1\nb,2\n"}
         ({"rows.csv": 'user_id,item_id,timestamp\na,b,1\na,"b,c",2\n'}, [], "line 3: item_id 'b,c' cannot stand"),
         ({"rows.csv": "user_id,item_id,timestamp\na,<UNK>,1\n"}, [], "line 2: item_id '<UNK>' cannot stand"),
         ({"rows.csv": "user_id,item_id,timestamp\na,item_0,1\n"}, [], "has an item item_0"),
-        (
-            {"rows.csv": "user_id,item_id,timestamp\na,b,1\na,c,May\n"},
-            [],
-            "line 3: timestamp 'May' is neither a number",
-        ),
         ({"rows.csv.gz": b"not gzip"}, [], "cannot be read as a table"),
         (ROWS, ["--columns", "user_id,item_id,timestamp"], "begins with a line of names"),
         (ROWS, ["--columns", "u,i"], "has 3 columns in its first line, but the names given are 2"),
@@ -351,11 +334,7 @@ USERS = ROWS | {"users.csv": "user_id,age\na,1\nb,2\n"}
         (ROWS, ["--task", "click=later where timestamp > (3"], "condition 'timestamp > (3'"),
         (ROWS, ["--task", "click=later where timestamp = 3"], "is no comparison of columns"),
         (ROWS, ["--task", "click=later where item_id > 3"], "condition 'item_id > 3'"),
-        (
-            ROWS,
-            ["--task", "click=later where timestamp == '2024-01-01'"],
-            "timestamp holds numbers, which '2024-01-01'",
-        ),
+        (ROWS, ["--task", "click=later where timestamp == '2024-01-01'"], "timestamp holds numbers, which '2024-"),
         (ROWS, ["--task", "click=later where item_id == 3"], "item_id holds text, such as 'a0', which 3 cannot"),
         (ROWS, ["--task", "click=later where item_id in [3]"], "item_id holds text, such as 'a0', which [3] cannot"),
         (ROWS, ["--task", "click=later where timestamp == item_id"], "timestamp holds numbers, item_id text"),
@@ -376,9 +355,11 @@ def test_what_cannot_be_used_is_refused_in_one_line(refused, tables, flags, comp
 
 def small(header: str, row: str, separator: str = ",") -> str:
     """Ten rows of each of six users; `row` is made of user, item, time and a rating from 1 to 5."""
-    lines = [row.format(user=user, item=user * 20 + time, time=time + 100, rating=1 + (user + time) % 5, one=time % 2)
-             for user in range(1, 7) for time in range(20)]  # fmt: skip
-    return "\n".join([header, *lines] if header else lines).replace(",", separator) + "\n"
+    lines = [header] if header else []
+    for user, time in itertools.product(range(1, 7), range(20)):
+        values = {"item": user * 20 + time, "time": time + 100, "rating": 1 + (user + time) % 5, "one": time % 2}
+        lines.append(row.format(user=user, **values))
+    return "\n".join(lines).replace(",", separator) + "\n"
 
 
 # The tables that the README's commands read, by the name that stands there.

@@ -35,19 +35,8 @@ def test_ranks_by_blocks_are_those_of_all_scores_at_once(monkeypatch, task):
     model.add_head(2, 31)
     inputs, targets = torch.randint(50, (40, 12)), torch.randint(1, 31, (40,))
     vocabulary = data_loader.Vocabulary()
-    data = data_loader.TaskData(
-        path="",
-        digest="",
-        rows=inputs.int().numpy(),
-        users=np.arange(40),
-        targets=targets.int().numpy(),
-        items=vocabulary,
-        target_vocabulary=vocabulary,
-        padding_id=-1,
-        unknown_items=0,
-        unknown_targets=0,
-        splits={},
-    )
+    arrays = {"rows": inputs.int().numpy(), "users": np.arange(40), "targets": targets.int().numpy()}
+    data = data_loader.TaskData(**arrays, items=vocabulary, target_vocabulary=vocabulary)
     monkeypatch.setattr(metrics, "EVALUATION_BATCH", 16)
     monkeypatch.setattr(metrics, "SCORES_AT_ONCE", 200)
     monkeypatch.setattr(metrics, "COMPARED_AT_ONCE", 7)

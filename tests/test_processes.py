@@ -1,29 +1,30 @@
 """Several processes train and score as one does."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
-
-from conure.errors import InputError
-from conure.files import lock_folder
 
 import numpy as np
 import pytest
-from conftest import ROOT, chain_settings, flags
+from conftest import ROOT, chain_settings, flags, run_python
+
+# Runs a script as usual and writes the loss of every step: OUTPUT SCRIPT [--flag …].
+LOSS_CURVE = """
+import json, os, runpy, sys
+from conure.reporting import Progress
+_, output, *sys.argv = sys.argv
+losses, advance = [], Progress.advance
+Progress.advance = lambda progress, loss: [losses.append(loss.item()), advance(progress, loss)]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    json.dump(losses, open(output + os.environ.get("RANK", "0"), "w"))
+"""
 
 
-def run(processes: int, *command: str) -> str:
+def run(processes: int, *command: object) -> str:
     """Runs a Python program in so many processes, one thread each; it must succeed."""
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *start, *map(str, command)], capture_output=True, text=True, env=environment, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return run_python(*start, *map(str, command), OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
 
 
 def results(printed: str) -> list[str]:
@@ -35,25 +36,25 @@ def results(printed: str) -> list[str]:
 def test_two_processes_have_the_loss_curve_of_one(chain, tmp_path, task, mode):
     """An odd batch size, so that their shares differ; few steps, as rounding errors grow with training; no dropout, as
     each process draws its own."""
-    curves, printed = [], []
+    curves, printed, program = [], [], tmp_path / "loss_curve.py"
+    program.write_text(LOSS_CURVE)
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         shutil.copytree(chain[0], folder)
         small = [*chain_settings(task, mode), "--epochs", "1", "--batch_size", "63", "--learning_rate", "1e-4"]
         small += ["--dropout", "0"]
         command = [f"conure_{mode}_t{task}.py", *flags(folder, task), *small, "--overwrite"]
-        printed.append(results(run(processes, Path(__file__).parent / "loss_curve.py", folder / "losses", *command)))
-        curves.append(json.loads((folder / "losses").read_text()))
+        printed.append(results(run(processes, program, folder / "losses", *command)))
+        curves.append(json.loads((folder / "losses0").read_text()))
     assert len(curves[0]) == len(curves[1]) >= 19
     np.testing.assert_allclose(*curves, rtol=0, atol=1e-4)
     one, two = printed
     assert len(one) == len(two) and one[0] == two[0]  # what they start from scores the same
 
 
-def test_a_last_batch_smaller_than_the_number_of_processes(chain, tmp_path):
-    shutil.copytree(chain[0], tmp_path / "copy")
+def test_a_last_batch_smaller_than_the_number_of_processes(chain_copy):
     small = [*chain_settings(1, "ret"), "--epochs", "1", "--batch_size", "109"]  # 11 * 109 + 1 = 1200 examples
-    printed = run(2, "conure_ret_t1.py", *flags(tmp_path / "copy", 1), *small, "--overwrite")
+    printed = run(2, "conure_ret_t1.py", *flags(chain_copy, 1), *small, "--overwrite")
     assert " 1,200 train" in printed and "saved" in printed
 
 
@@ -79,11 +80,3 @@ def test_variables_that_torchrun_did_not_set_start_no_group(chain, run_here, mon
         monkeypatch.setenv(name, value)
     code, output, error = run_here("conure_ret_t4.py", *flags(chain[0], 4), *chain_settings(4, "ret"))
     assert (code, output.count("is finished"), error) == (0, 1, "")
-
-
-def test_a_folder_is_locked_until_the_lock_is_closed(tmp_path):
-    lock = lock_folder(str(tmp_path))
-    with pytest.raises(InputError, match="another run is at work"):
-        lock_folder(str(tmp_path))
-    lock.close()
-    lock_folder(str(tmp_path)).close()

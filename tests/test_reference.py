@@ -97,16 +97,12 @@ class Recording:
         items, target_vocabulary = map(data_loader.Vocabulary, tokens)
         everything = np.arange(len(targets))
         return data_loader.TaskData(
-            path="",
-            digest="",
             rows=inputs,
             users=everything,
             targets=targets,
             items=items,
             target_vocabulary=target_vocabulary,
             padding_id=0,
-            unknown_items=0,
-            unknown_targets=0,
             splits={"train": everything},
         )
 
@@ -184,10 +180,9 @@ def test_task_1_hidden_states_losses_and_predictions(recording):
         own, others = (sampler.expected_count(ids, sampler.draws) for ids in (labels, sampler.ids))
         close(own, recording.tensor(f"{prefix}/true_expected_count"))
         close(others, recording.tensor(f"{prefix}/sampled_expected_count"))
-        each = torch.stack([
-            losses.sampled_softmax(*row, model.head(1), sampler.ids, count, others)
-            for *row, count in zip(hidden.flatten(0, 1).split(1), labels.split(1), own.split(1))
-        ])  # fmt: skip
+        rows = zip(hidden.flatten(0, 1).split(1), labels.split(1), own.split(1))
+        each = [losses.sampled_softmax(*row, model.head(1), sampler.ids, count, others) for *row, count in rows]
+        each = torch.stack(each)
         close(each, recording.tensor(f"{prefix}/loss_per_position"))
         close(recording.loss(1, mode)(model, stage, inputs, targets, None), each.mean())
         scores = model.scores(inputs, stage)

@@ -15,7 +15,8 @@ from conure.errors import InputError
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, STAGES, run_module
+from conftest import ROOT, STAGES, run_python
+from test_scripts import refused
 
 import pruning
 from nextitnet import NextItNet
@@ -80,13 +81,7 @@ def written(chain, tmp_path_factory) -> tuple[Path, Path, str]:
     """The checkpoints of a finished chain, the folder of its report, and what was printed."""
     checkpoints, folder = chain[0] / "checkpoints", tmp_path_factory.mktemp("report")
     flags = ["--checkpoint_dir", str(checkpoints), "--output_dir", str(folder), "--device", "cpu"]
-    return checkpoints, folder, run_module("tools.report", *flags)
-
-
-@pytest.fixture
-def copy(chain, tmp_path) -> Path:
-    """A chain's checkpoints, to do harm to."""
-    return Path(shutil.copytree(chain[0] / "checkpoints", tmp_path / "checkpoints"))
+    return checkpoints, folder, run_python("-m", "tools.report", *flags)
 
 
 def change(path: Path, how) -> None:
@@ -150,7 +145,8 @@ def test_every_task_stands_after_every_stage_with_the_score_that_was_recorded(wr
 
 
 @draws
-def test_a_broken_weight_is_seen_and_counted(chain, copy, tmp_path, run_here):
+def test_a_broken_weight_is_seen_and_counted(chain_copy, tmp_path, run_here):
+    copy = chain_copy / "checkpoints"
     change(copy / "ret_t4.pt", break_a_weight)
     page = made(copy, tmp_path / "report")
     code, printed, _ = run_here("evaluate.py", "--checkpoint_dir", str(copy), "--device", "cpu")
@@ -169,7 +165,9 @@ def test_a_broken_weight_is_seen_and_counted(chain, copy, tmp_path, run_here):
     assert "changed since: task 1 from mrr@5" in page.text
 
 
-def test_only_what_a_task_reads_is_compared(chain, copy):
+def test_only_what_a_task_reads_is_compared(chain, chain_copy):
+    copy = chain_copy / "checkpoints"
+
     def source(harm) -> list[str]:
         change(copy / "ret_t4.pt", harm)
         after = chains.read(str(copy), "", CPU).cells
@@ -199,12 +197,7 @@ def test_only_what_a_task_reads_is_compared(chain, copy):
 
 
 def test_transfer_against_numbers_by_hand():
-    after = {
-        1: {1: 0.5},
-        2: {1: 0.6, 2: 0.3},
-        3: {1: 0.4, 2: 0.3, 3: 0.9},
-        4: {1: 0.2, 2: 0.4, 3: 0.9, 4: 0.7},
-    }
+    after = {1: {1: 0.5}, 2: {1: 0.6, 2: 0.3}, 3: {1: 0.4, 2: 0.3, 3: 0.9}, 4: {1: 0.2, 2: 0.4, 3: 0.9, 4: 0.7}}
     # Averages of 0.2, 0.4, 0.7; of 0.2 - 0.5 and 0.4 - 0.3; of 0.6 - 0.2 and 0.3 - 0.4.
     assert chains.transfer(after, [1, 2, 4]) == pytest.approx((1.3 / 3, -0.1, 0.15))
     assert chains.transfer(after, [3]) == pytest.approx((0.9, 0, 0))
@@ -295,28 +288,25 @@ def test_what_comes_from_files_is_escaped(begun, tmp_path):
 
 
 @draws
-def test_what_is_missing_or_damaged_is_said_in_one_line(copy, tmp_path, run_here):
-    def refused(*arguments: str) -> str:
-        flags = ["--checkpoint_dir", str(copy), "--output_dir", str(tmp_path / "report"), "--device", "cpu"]
-        code, _, error = run_here("tools.report", *flags, *arguments)
-        assert code == 2 and re.fullmatch(r"error: [^\n]+\n", error)
-        assert not (tmp_path / "report").exists()
-        return error
-
+def test_what_is_missing_or_damaged_is_said_in_one_line(chain_copy, tmp_path, run_here):
+    copy = chain_copy / "checkpoints"
+    flags = ["--checkpoint_dir", str(copy), "--output_dir", str(tmp_path / "report"), "--device", "cpu"]
     change(copy / "ret_t4.pt", zero_owned_by(1))
-    assert "the data of task 1, does not exist: name its folder with --data_dir" in refused("--data_dir", "nowhere")
+    error = refused(run_here("tools.report", *flags, "--data_dir", "nowhere"))
+    assert "the data of task 1, does not exist: name its folder with --data_dir" in error
     change(copy / "tp_t3.pt", zero_owned_by(1))
-    assert "is stale, as tp_t3.pt has been replaced since" in refused()
+    assert "is stale, as tp_t3.pt has been replaced since" in refused(run_here("tools.report", *flags))
     (copy / "tp_t2.pt").write_bytes(b"x")
-    assert "tp_t2.pt is damaged or cut short" in refused()
+    assert "tp_t2.pt is damaged or cut short" in refused(run_here("tools.report", *flags))
     for path in copy.glob("*.pt"):
         path.unlink()
-    assert "holds no checkpoint: run `python conure_tp_t1.py` first" in refused()
+    assert "holds no checkpoint: run `python conure_tp_t1.py` first" in refused(run_here("tools.report", *flags))
     for table in ("", "what,else\n1,2\n", "task,state,split,epoch,mrr@5\none,tp,test,1,0.5\n"):
         (copy / "results.csv").write_text(table)
-        assert "is not the table that the scripts write" in refused()
+        assert "is not the table that the scripts write" in refused(run_here("tools.report", *flags))
     (copy / "results.csv").unlink()
-    assert "results.csv does not exist" in refused()
+    assert "results.csv does not exist" in refused(run_here("tools.report", *flags))
+    assert not (tmp_path / "report").exists()
 
 
 def test_matplotlib_is_asked_for_by_name(chain, tmp_path):
@@ -327,8 +317,7 @@ def test_matplotlib_is_asked_for_by_name(chain, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 2 and not (tmp_path / "report").exists()
     assert done.stderr == "error: the pictures take matplotlib: .venv/bin/python -m pip install matplotlib\n"
-    helped = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert helped.returncode == 0 and "WRITES report.html" in helped.stdout
+    assert "WRITES report.html" in run_python(*command[1:], "--help", PYTHONPATH=str(tmp_path))
 
 
 def test_models_that_are_no_chain_are_refused(chain, tmp_path):

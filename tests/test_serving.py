@@ -260,10 +260,10 @@ def test_what_cannot_be_served_is_refused_in_one_line(chain, serving, run_here, 
     assert "--dtype int8 makes no sense" in refused(run_here("tools.export", "--task", "1", "--dtype", "int8"))
 
 
-def test_what_no_tool_wrote_is_replaced_only_if_asked(chain, serving, run_here, tmp_path):
+def test_what_no_tool_wrote_is_replaced_only_if_asked(chain_copy, serving, run_here, tmp_path):
     """A checkpoint is named where a serving file, or an output, is wanted: no message proposes to write there."""
-    folder = Path(shutil.copytree(chain[0] / "checkpoints", tmp_path / "checkpoints"))
-    newest, data = folder / "ret_t4.pt", chain[0] / "Data" / FILES[2]
+    folder = chain_copy / "checkpoints"
+    newest, data = folder / "ret_t4.pt", chain_copy / "Data" / FILES[2]
     before = newest.read_bytes()
     error = refused(run_here("tools.represent", "--task", "2", "--serving", str(newest), "--data_path", str(data)))
     assert "no serving file: name one with --serving" in error and "--output" not in error

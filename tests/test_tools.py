@@ -13,7 +13,8 @@ from conure import checkpoint
 
 import pandas as pd
 import pytest
-from conftest import ROOT, run_module
+from conftest import ROOT, run_python
+from test_scripts import refused
 
 import pruning
 from tools import baselines
@@ -26,7 +27,7 @@ def compared(demo, tmp_path_factory) -> tuple[list[str], pd.DataFrame, str]:
     """The flags of a finished comparison, its rows, and what it printed."""
     folder = tmp_path_factory.mktemp("baselines")
     flags = ["--data_dir", str(demo / "Data"), "--output_dir", str(folder), "--seeds", "2", *SMALL]
-    printed = run_module("tools.baselines", *flags)
+    printed = run_python("-m", "tools.baselines", *flags)
     return flags, pd.read_csv(folder / "baselines.csv"), printed
 
 
@@ -71,23 +72,19 @@ def test_what_it_takes_to_serve_all_tasks(compared):
 def test_a_second_run_trains_nothing_and_finds_the_same(compared, run_here):
     flags, _, printed = compared
     folder = Path(flags[3])
-    code, _, error = run_here("tools.baselines", *flags)
-    assert code == 2 and "baselines.csv exists: --overwrite replaces it" in error
+    assert "baselines.csv exists: --overwrite replaces it" in refused(run_here("tools.baselines", *flags))
     (folder / "baselines.csv").unlink()
-    code, _, error = run_here("tools.baselines", *flags)
-    assert code == 2 and "baselines.md exists: --overwrite replaces it" in error
+    assert "baselines.md exists: --overwrite replaces it" in refused(run_here("tools.baselines", *flags))
     trained = {path: path.read_bytes() for path in folder.rglob("*.pt")}
-    tables = [
-        text[text.index("Test scores") :] for text in (printed, run_module("tools.baselines", *flags, "--overwrite"))
-    ]
-    assert tables[0] == tables[1]
+    again = run_python("-m", "tools.baselines", *flags, "--overwrite")
+    assert again[again.index("Test scores") :] == printed[printed.index("Test scores") :]
     assert trained == {path: path.read_bytes() for path in folder.rglob("*.pt")}
     assert (folder / "baselines.csv").exists()
 
 
 def test_one_method_alone(demo, tmp_path):
     flags = ["--data_dir", str(demo / "Data"), "--output_dir", str(tmp_path), "--seeds", "1", *SMALL]
-    run_module("tools.baselines", *flags, "--only", "FineHead")
+    run_python("-m", "tools.baselines", *flags, "--only", "FineHead")
     assert {path.parent.name for path in tmp_path.rglob("*.pt")} == {"SinMo", "FineHead"}
     assert set(pd.read_csv(tmp_path / "baselines_FineHead.csv")["method"]) == {"FineHead"}
 
@@ -146,13 +143,13 @@ def test_the_seeds_end_with_the_process_that_started_them(endless):
 
 
 def test_an_unknown_method_is_refused(run_here):
-    code, _, error = run_here("tools.baselines", "--only", "SASRec")
-    assert code == 2 and error.startswith("error: --only SASRec is none of Conure, no_retraining, ")
+    error = refused(run_here("tools.baselines", "--only", "SASRec"))
+    assert error.startswith("error: --only SASRec is none of Conure, no_retraining, ")
 
 
 def test_capacity_learns_a_task_at_every_depth(demo, tmp_path, run_here):
     flags = ["--data_dir", str(demo / "Data"), "--output_dir", str(tmp_path), "--seeds", "1", *SMALL]
-    run_module("tools.capacity", *flags, "--percents", "50,90", "--depths", "1,3")
+    run_python("-m", "tools.capacity", *flags, "--percents", "50,90", "--depths", "1,3")
     table = pd.read_csv(tmp_path / "capacity.csv")
     assert table[["prune_ratio", "task", "learned_before"]].to_numpy().tolist() == [
         [ratio, *place] for ratio in (0.5, 0.9) for place in ((1, 0), (3, 1), (3, 3))
@@ -164,5 +161,4 @@ def test_capacity_learns_a_task_at_every_depth(demo, tmp_path, run_here):
         content, _ = checkpoint.load(str(tmp_path / "seed_10" / f"ratio_{percent}" / "ret_t3.pt"))
         free = pruning.shares(checkpoint.build_model(content))[pruning.FREE]
         assert free == pytest.approx(share**3, abs=0.02)
-    code, _, error = run_here("tools.capacity", *flags)
-    assert code == 2 and "capacity.csv exists: --overwrite replaces it" in error
+    assert "capacity.csv exists: --overwrite replaces it" in refused(run_here("tools.capacity", *flags))
