@@ -22,7 +22,7 @@ FILES = {
     3: "original_desen_finetune_like_nouserID.csv",
     4: "original_desen_gender.csv",
 }
-SLOW = ("test_readme", "test_scripts", "test_soak")  # besides all that needs the demo data or a chain
+SLOW = ("test_readme", "test_scripts", "test_soak", "test_tools")  # besides all that needs the demo data or a chain
 STAGES = [(task, mode) for task in FILES for mode in ("tp", "ret")]
 PROGRAMS = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -121,7 +121,8 @@ def chain_copy(chain, tmp_path) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What `--fast` leaves out."""
+    """Marks what `--fast` leaves out, and puts the longest files first, so that no core waits for one at the end."""
+    items.sort(key=lambda item: item.module.__name__ not in SLOW)
     for item in items:
         if item.module.__name__ in SLOW or {"demo", "chain"} & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
