@@ -20,6 +20,7 @@ from data_loader import TaskData
 from pruning import Stage
 
 SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal to draw a bar on
+COLUMNS = ("state", "task", "split", "epoch", "n", "seconds")  # of results.csv, besides those of scores
 SCORES = ("mrr", "hr", "ndcg", "accuracy")  # how the names of scores begin
 
 
@@ -85,8 +86,11 @@ def read_results(path: str) -> pd.DataFrame:
         header, rows = [], []
     wrong = next((number for number, row in enumerate(rows, start=2) if len(row) != len(header)), None)
     reason = f"line {wrong} has another number of fields than the header" if wrong else ""
-    if not {"task", "state"} <= set(header):
-        reason = "its column `stage` is called `state` now" if "stage" in header else "it has no column `state`"
+    absent = [name for name in COLUMNS if name not in header]
+    if absent:
+        reason = "its column `stage` is called `state` now" if "stage" in header else f"it has no column `{absent[0]}`"
+    elif not any(name.startswith(SCORES) for name in header):
+        reason = "it has no column of scores"
     if reason:
         raise InputError(f"{path} is not the table that this version writes ({reason}): move it away and run again")
     return pd.DataFrame(rows, columns=header)

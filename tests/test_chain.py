@@ -229,13 +229,24 @@ def test_rows_of_results_csv_stay_in_their_columns(tmp_path, order):
         assert table.loc[task, ["mrr@5", "hr@5", "accuracy"]].dropna().to_dict() == scores[task]
 
 
+HEADER = "task,state,split,epoch,n,seconds,mrr@5"
+
+
 @pytest.mark.parametrize(
     "text, reason",
     [
-        ("task,state,split\n1,tp,test\n4,tp,test,0.5\n", "line 3 has another number of fields than the header"),
-        ("task,state,split\n4,tp,test,0.5\n1,tp,test,0.5\n", "line 2 has another number of fields than the header"),
+        (
+            "task,state,split,epoch,n,seconds,mrr@5\n1,tp,test,1,8,2,0.1\n4,tp,test,0.5\n",
+            "line 3 has another number of fields than the header",
+        ),
+        (
+            "task,state,split,epoch,n,seconds,mrr@5\n4,tp,test,0.5\n1,tp,test,0.5\n",
+            "line 2 has another number of fields than the header",
+        ),
         ("task,stage,split\n1,tp,test\n", "its column `stage` is called `state` now"),
         ("", "it has no column `state`"),
+        ("task,state,split,mrr@5,n,seconds\n1,tp,test,0.5,8,2.0\n", "it has no column `epoch`"),
+        ("task,state,split,epoch,n,seconds\n1,tp,test,1,8,2.0\n", "it has no column of scores"),
         ("\xff\xfe\n\0", ""),
     ],
 )
