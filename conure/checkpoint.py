@@ -25,7 +25,7 @@ import re
 from typing import Any
 
 from conure.errors import InputError
-from conure.files import load_sealed, save_sealed, seal_of
+from conure.files import CHECKPOINT_NAME, load_sealed, save_sealed, seal_of
 
 import numpy as np
 import pandas as pd
@@ -35,7 +35,6 @@ from nextitnet import NextItNet
 from pruning import Stage
 
 FORMAT = 3
-NAME = r"(tp|ret)_t([1-9]\d*)\.(snapshot\.)?pt"  # of a checkpoint or a snapshot; copies may be called anything else
 
 
 def snapshot_of(path: str) -> str:
@@ -58,7 +57,7 @@ def stage_before(stage: Stage) -> Stage:
 
 def stage_of(path: str) -> Stage | None:
     """The stage whose checkpoint has this file name; None if it is no checkpoint's."""
-    match = re.fullmatch(NAME, os.path.basename(path))
+    match = re.fullmatch(CHECKPOINT_NAME, os.path.basename(path))
     return Stage(int(match[2]), match[1]) if match and not match[3] else None
 
 
@@ -129,7 +128,7 @@ def load_file(path: str, remedy: str) -> tuple[dict[str, Any], str]:
         raise InputError(f"{path} is whole, but no checkpoint: {remedy}")
     if content["format"] != FORMAT:
         raise InputError(f"{path} has format {content['format']}, this version reads {FORMAT}: {remedy}")
-    if re.fullmatch(NAME, os.path.basename(path)) and content["name"] != os.path.basename(path):
+    if re.fullmatch(CHECKPOINT_NAME, os.path.basename(path)) and content["name"] != os.path.basename(path):
         raise InputError(f"{path} was written as {content['name']}: {remedy}")
     return content, seal
 

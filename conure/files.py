@@ -16,7 +16,9 @@ import torch
 
 SEAL = b"\nsha256 "  # what stands before the digest; torch.load passes over what follows the archive
 SEAL_BYTES = len(SEAL) + 64
-SCRIPTS_OWN = r"(tp|ret)_t[1-9]\d*(\.snapshot)?\.pt|results\.csv|index\.csv"  # file names that only the scripts write
+# File names that only the scripts write; copies of checkpoints and snapshots may be called anything else.
+CHECKPOINT_NAME = r"(tp|ret)_t([1-9]\d*)\.(snapshot\.)?pt"
+SCRIPTS_OWN = rf"{CHECKPOINT_NAME}|results\.csv|index\.csv"
 
 
 @contextmanager
@@ -95,12 +97,9 @@ def save_sealed(path: str, content: dict[str, Any]) -> None:
         file.write(SEAL + digest.encode())
 
 
-def load_sealed(path: str, mmap: bool = False) -> tuple[dict[str, Any] | None, str]:
+def load_sealed(path: str) -> tuple[dict[str, Any] | None, str]:
     """What `save_sealed` wrote, and its digest; None in place of the content if a single bit is not as it was written,
-    or if `path` is no file.
-
-    With `mmap` the tensors are read from the disk as they are used.
-    """
+    or if `path` is no file."""
     if not os.path.isfile(path):
         return None, ""
     with open(path, "rb") as file:
@@ -109,7 +108,7 @@ def load_sealed(path: str, mmap: bool = False) -> tuple[dict[str, Any] | None, s
         file.seek(0)
         if seal is None or digest_of(file, size) != seal:
             return None, ""
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap), seal
+    return torch.load(path, map_location="cpu", weights_only=True), seal
 
 
 def digest_of(file: BinaryIO, size: int) -> str:
