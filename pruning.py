@@ -61,6 +61,8 @@ class OwnedWeight(nn.Module):
 
     def read(self, stage: Stage) -> Tensor:
         """The weight as `stage` may see it: zero where it may not look, no gradient where it may not train."""
+        if stage == Stage(1, "tp"):  # nothing is owned yet: spares a step of task 1 the masks, 4 % of its time
+            return self.weight
         return Read.apply(self.weight, *used_and_trained(self.owner, stage))
 
 

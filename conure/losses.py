@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from conure import processes, samplers
-from conure.matmul import matmul_dtype, wide_linear
+from conure.matmul import matmul_dtype, pieces, product
 from conure.processes import Shard
 
 import torch
@@ -20,6 +20,7 @@ from nextitnet import NextItNet
 from pruning import Stage
 
 LOGITS_AT_ONCE = 1 << 26  # 256 MB whatever the number of negatives, and half as much again for bfloat16 products
+EXCLUDED = -1e30  # a logit that counts for nothing; finite, as a piece may hold no other
 ALONE = Shard()  # of a batch: all of it
 
 
@@ -51,38 +52,44 @@ class SampledSoftmax(torch.autograd.Function):
     def forward(
         ctx, hidden: Tensor, own: Tensor, weight: Tensor, bias: Tensor, hits: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        count = max(1, min(len(hidden), LOGITS_AT_ONCE // (len(weight) + 1)))
-        buffer = hidden.new_empty(count, len(weight) + 1, dtype=torch.float32)  # own logits in column 0
-        products_weight = weight.to(dtype)
-        gradients = [torch.empty_like(hidden), torch.empty_like(own), torch.zeros_like(weight), torch.zeros_like(bias)]
-        hidden_gradient, own_gradient, weight_gradient, bias_gradient = gradients
-        total = hidden.new_zeros(())
-        for start in range(0, len(hidden), count):
-            block = slice(start, start + count)
-            inputs, own_logits, column = hidden[block].to(dtype), own[block], hits[block, None] + 1
-            logits = buffer[: len(inputs)]
-            logits[:, 0] = own_logits
-            wide_linear(inputs, products_weight, bias, logits[:, 1:])
-            hit = torch.where(column > 0, -torch.inf, own_logits[:, None])  # column 0 gets what it holds
-            logits.scatter_(1, column, hit)
-            highest = logits.amax(dim=1)
-            probabilities = torch.softmax(logits, dim=1, out=logits)
-            total += (highest - probabilities.amax(dim=1).log() - own_logits).sum()  # the highest logit's p is 1 / sum
-            own_gradient[block] = probabilities[:, 0] - 1
-            others = probabilities[:, 1:]
-            bias_gradient += others.sum(dim=0)
-            others = others.to(dtype)
-            hidden_gradient[block] = others @ products_weight
-            if dtype == weight.dtype:
-                weight_gradient.addmm_(others.t(), inputs)
-            else:
-                weight_gradient += others.t() @ inputs
-        ctx.save_for_backward(*gradients)
+        (n, channels), size = hidden.shape, len(weight)
+        hidden_gradient, own_gradient = torch.empty_like(hidden), torch.empty_like(own)
+        # (C, S), as a product that is summed over many rows is fast when the fewer of its sides are rows.
+        weight_gradient, bias_gradient = hidden.new_zeros(channels, size), torch.zeros_like(bias)
+        total, weight = hidden.new_zeros(()), weight.to(dtype)
+        at_once = max(1, LOGITS_AT_ONCE // size)
+        for start in range(0, n, at_once):
+            block = slice(start, start + at_once)
+            inputs = hidden[block].to(dtype)
+            parts = [softmax_of(inputs, weight, bias, hits[block], columns) for columns in pieces(hidden, size)]
+            log_sums = torch.stack([own[block], *(log_sum for _, log_sum in parts)], dim=1)
+            log_sum = log_sums.logsumexp(dim=1)
+            total += (log_sum - own[block]).sum()
+            own_share, *shares = (log_sums - log_sum[:, None]).exp().unbind(dim=1)  # of the softmax over all
+            own_gradient[block] = own_share - 1
+            hidden_gradient[block] = 0.0
+            for columns, (within, _), share in zip(pieces(hidden, size), parts, shares):
+                scaled = (hidden[block] * share[:, None]).to(dtype)
+                bias_gradient[columns] += share.to(dtype) @ within
+                hidden_gradient[block] += product(within, weight[columns].t()) * share[:, None]
+                weight_gradient[:, columns] += product(scaled.t(), within.t())
+        ctx.save_for_backward(hidden_gradient, own_gradient, weight_gradient.t(), bias_gradient)
         return total
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         return *(each.mul_(gradient) for each in ctx.saved_tensors), None, None
+
+
+def softmax_of(inputs: Tensor, weight: Tensor, bias: Tensor, hits: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """The softmax over some columns of inputs @ weight.T + bias, in the dtype of `inputs`, and its log sums (N,)."""
+    logits = product(inputs, weight[columns]) + bias[columns]
+    hits = (hits - columns.start)[:, None]
+    nearest = hits.clamp(0, logits.shape[1] - 1)
+    logits.scatter_(1, nearest, torch.where(hits == nearest, EXCLUDED, logits.gather(1, nearest)))
+    highest = logits.amax(dim=1)
+    within = torch.softmax(logits, dim=1, out=logits)
+    return within.to(inputs.dtype), highest - within.amax(dim=1).log()  # the highest logit's probability is 1 / sum
 
 
 def sampled_softmax(

@@ -23,7 +23,7 @@ def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
     So ties and NaN count against the model.
     """
     own = scores.gather(1, targets[:, None])
-    lower = sum((part < own).sum(dim=1) for part in scores.split(COMPARED_AT_ONCE, dim=1))
+    lower = sum((part < own).sum(dim=1, dtype=torch.int32) for part in scores.split(COMPARED_AT_ONCE, dim=1))
     return scores.shape[1] - lower
 
 

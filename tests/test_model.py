@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import pruning
 from data_loader import Vocabulary
-from nextitnet import CausalConv, NextItNet, connect, plan
+from nextitnet import CausalConv, Grid, NextItNet, read_by
 from pruning import Stage
 
 
@@ -38,9 +38,9 @@ def test_no_position_sees_a_later_item():
 @pytest.mark.parametrize("kernel_size, dilation", [(1, 1), (2, 3), (3, 1), (5, 2), (3, 40)])
 def test_causal_conv_is_torchs_dilated_convolution(kernel_size, dilation):
     conv, x = CausalConv(6, kernel_size), torch.randn(9, 2, 6, requires_grad=True)
-    every = list(range(9))
-    ours = conv(x, Stage(1, "tp"), connect(every, every, dilation, kernel_size, x.device))
-    weight = conv.weight.permute(2, 1, 0)  # (C_out, C_in, K), tap 0 the oldest as here
+    _, geometry = read_by(Grid(9, 1), dilation, kernel_size, 9)
+    ours = conv(x, Stage(1, "tp"), geometry)
+    weight = conv.weight.transpose(1, 2)  # (C_out, C_in, K), tap 0 the oldest as here
     padded = F.pad(x.permute(1, 2, 0), ((kernel_size - 1) * dilation, 0))
     theirs = F.conv1d(padded, weight, dilation=dilation).permute(2, 0, 1)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
@@ -64,9 +64,11 @@ def test_the_last_state_alone_is_that_of_all(dilations, kernel_size, time):
 
 
 def test_the_last_state_alone_takes_1_3_7_15_31_47_positions():
-    _, blocks = plan((1, 4) * 4, 3, 51, True, torch.device("cpu"))
-    counts = [connection.outputs for block in reversed(blocks) for connection in (block.conv2, block.conv1)]
-    assert counts[:6] == [1, 3, 7, 15, 31, 47]
+    model, counts = NextItNet(50, 8, (1, 4) * 4, 3), []
+    for conv in (module for module in model.modules() if isinstance(module, CausalConv)):
+        conv.register_forward_hook(lambda conv, arguments, output: counts.append(len(output)))
+    model.user_representation(torch.randint(50, (2, 51)), Stage(1, "tp"))
+    assert counts[:9:-1] == [1, 3, 7, 15, 31, 47]
     assert sum(counts) == 614  # of 16 * 51
 
 

@@ -42,7 +42,8 @@ class Recording:
 
     def tensor(self, name: str) -> Tensor:
         array = self.arrays[name]
-        return torch.from_numpy(np.asarray(array, np.int64 if array.dtype.kind in "iu" else array.dtype))
+        tensor = torch.from_numpy(np.asarray(array, np.int64 if array.dtype.kind in "iu" else array.dtype))
+        return tensor.permute(2, 0, 1) if ".conv" in name else tensor  # (K, C_in, C_out) → (C_out, K, C_in)
 
     def parameters(self, point: str) -> dict[str, str]:
         """Names in the suite's state dict → names of the arrays recorded at `point`, such as after_tp_t2."""

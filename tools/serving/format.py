@@ -25,7 +25,7 @@ import torch
 import pruning
 from nextitnet import NextItNet
 
-FORMAT = 1
+FORMAT = 2
 
 
 def path_of(folder: str, task: int) -> str:
