@@ -1,0 +1,224 @@
+"""Speed at TTL's size on one device, beside its ceilings: the sections of benchmarks.gpu that measure."""
+
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+from conure import metrics, samplers, training
+from conure.device import PRECISIONS, can_compile
+from conure.losses import NextItemLoss, Objective
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import bench, evaluate, train_step
+from pruning import Stage
+
+ADAM_BYTES = 7 * 4  # a parameter: reads it, its gradient and both moments; writes all but the gradient
+GRADIENT_BYTES = 4  # a parameter: the dense gradient, made as zeros in each step
+# What the kernels of a profile are counted as, by their names; the others are element-wise, gather and fill.
+KINDS = {"adam": r"adam", "matrix": r"gemm|nvjet|cutlass|xmma|aten::(add)?mm|aten::bmm"}
+NOISE = r"void |at::native::|\(anonymous namespace\)::"  # in the names of kernels
+
+
+@dataclass
+class Session:
+    """The settings of benchmarks.gpu, and what earlier sections have found; NaN before they have."""
+
+    hp: Any
+    device: torch.device
+    gflops: float = math.nan  # the matrix rate
+    bandwidth: float = math.nan  # of memory, bytes read and written in a second
+    step_seconds: float = math.nan  # mean
+
+    @property
+    def precision(self) -> torch.dtype:
+        return PRECISIONS[self.hp.precision]
+
+    def shape(self, **changes: Any) -> train_step.Hyperparameters:
+        names = ("items", "length", "batch_size", "channels", "dilations", "kernel_size", "negative_fraction")
+        same = {name: getattr(self.hp, name) for name in (*names, "precision")}
+        return train_step.Hyperparameters(**same | changes)
+
+    def durations(self, what: str, call: Callable[[], Any], count: int, on_device: bool = True) -> np.ndarray:
+        """Seconds of each of `count` calls after warm-up; the device is given one after the other without waiting."""
+        on_gpu = on_device and self.device.type == "cuda"
+        for _ in range(bench.WARM_UP):
+            call()
+        synchronize()
+        marks = [mark(on_gpu)]
+        for _ in range(count):
+            call()
+            marks.append(mark(on_gpu))
+        synchronize()
+        seconds = np.array([a.elapsed_time(b) / 1e3 if on_gpu else b - a for a, b in pairwise(marks)])
+        print(f"RAW what={what} ms={','.join(f'{1e3 * each:.4g}' for each in seconds)}")
+        return seconds
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def mark(on_gpu: bool) -> Any:
+    """The present moment: of the device's work, or of this process."""
+    if not on_gpu:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def report(what: str, **values: Any) -> None:
+    """A BENCH line whose values hold no spaces."""
+    shown = {name: re.sub(r"\s+", "_", value) if isinstance(value, str) else value for name, value in values.items()}
+    bench.report(what, "", **shown)
+
+
+def spread(seconds: np.ndarray) -> dict[str, float]:
+    low, median, high = map(float, np.percentile(seconds, (10, 50, 90)))
+    return {"n": len(seconds), "mean": float(seconds.mean()), "median": median, "p10": low, "p90": high}
+
+
+def ceilings(session: Session) -> None:
+    session.gflops = bench.matmul_gflops(session.precision, session.hp.matmul_size)
+    a, b = torch.rand(2, session.hp.copy_mb << 18, device=session.device)  # float32
+    seconds = session.durations("copy", lambda: b.copy_(a), 20)
+    session.bandwidth = 2 * a.nbytes / float(np.median(seconds))
+    report("ceilings", matmul_gflops=session.gflops, precision=session.hp.precision, gb_per_s=session.bandwidth / 1e9)
+
+
+def step(session: Session) -> None:
+    session.step_seconds = time_step(session, "step", session.shape())
+    time_step(session, "step_with_dropout", session.shape(dropout=session.hp.dropout))
+
+
+def compiled_step(session: Session) -> None:
+    if not can_compile(session.device):
+        raise RuntimeError("torch.compile fails here")
+    time_step(session, "step_compiled", session.shape(compile=True))
+
+
+def make_step(session: Session, shape: train_step.Hyperparameters) -> tuple[torch.nn.Module, Callable[[], None]]:
+    torch.manual_seed(10)
+    with torch.device(session.device):  # draws initial values there, which takes a CPU seconds
+        model = train_step.make_model(shape)
+    return model, train_step.steppers(shape, model, shape.length - 1)["ours"]
+
+
+def time_step(session: Session, what: str, shape: train_step.Hyperparameters) -> float:
+    """Mean seconds of a step, reported beside both ceilings and the aim."""
+    if session.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    model, step = make_step(session, shape)
+    step()
+    synchronize()
+    first = time.perf_counter() - began
+    seconds = session.durations(what, step, session.hp.steps)
+    mean, parameters = float(seconds.mean()), sum(each.numel() for each in model.parameters())
+    moved = (ADAM_BYTES + GRADIENT_BYTES) * parameters
+    gflops = train_step.operations(shape, shape.length - 1) / mean / 1e9
+    report(
+        what,
+        **spread(seconds),
+        seconds_until_first=first,
+        precision=shape.precision,
+        compile=shape.compile,
+        dropout=shape.dropout,
+        gflops=gflops,
+        share_of_matmul_rate=gflops / session.gflops,
+        parameters=parameters,
+        adam_and_gradients_gb=moved / 1e9,
+        share_of_bandwidth=moved / mean / session.bandwidth,
+        peak_gb=torch.cuda.max_memory_allocated() / 1e9 if session.device.type == "cuda" else bench.peak_rss_mb() / 1e3,
+    )
+    minutes = mean * session.hp.task_steps / 60
+    reached = {"aim_minutes": session.hp.aim_minutes, "reached": str(minutes <= session.hp.aim_minutes).lower()}
+    report("projection", of=what, steps=session.hp.task_steps, minutes=minutes, hours=minutes / 60, **reached)
+    return mean
+
+
+def wall(session: Session) -> None:
+    """What the step's time goes to: Adam timed alone, and the device's kernels by kind and by name."""
+    model, step = make_step(session, session.shape())
+    step()  # leaves gradients
+    adam = training.adam(list(model.parameters()), 1e-4, 0.9)
+    seconds = float(np.median(session.durations("adam", adam.step, 20)))
+    moved = ADAM_BYTES * sum(each.numel() for each in model.parameters())
+    rate = moved / seconds
+    shares = {"share_of_step": seconds / session.step_seconds, "share_of_bandwidth": rate / session.bandwidth}
+    report("adam", median=seconds, gb=moved / 1e9, gb_per_s=rate / 1e9, **shares)
+    kernels = profile(step, session.device, 5)
+    kinds = dict.fromkeys((*KINDS, "other"), 0.0)
+    for name, taken in kernels.items():
+        kinds[next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.I)), "other")] += taken
+    kinds["idle"] = max(0.0, session.step_seconds - sum(kinds.values()))  # the device waits for this process
+    shares = {f"share_of_{kind}": taken / session.step_seconds for kind, taken in kinds.items()}
+    report("wall", wall=max(kinds, key=kinds.get) if kernels else "unknown:_no_profile", **shares)
+    for name, taken in sorted(kernels.items(), key=lambda item: -item[1])[:12]:
+        report("kernel", ms=1e3 * taken, share_of_step=taken / session.step_seconds, name=re.sub(NOISE, "", name)[:100])
+
+
+def profile(step: Callable[[], None], device: torch.device, count: int) -> dict[str, float]:
+    """Seconds of a step by kernel, or on a CPU by operator; empty if the profiler sees none."""
+    on_gpu = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    step()
+    synchronize()
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        for _ in range(count):
+            step()
+        synchronize()
+    events = [event for event in profiler.key_averages() if not event.key.startswith("Optimizer.")]  # holds kernels
+    if on_gpu:
+        events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    times = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events}
+    return {name: microseconds / 1e6 / count for name, microseconds in times.items()}
+
+
+def drawing(session: Session) -> None:
+    """Drawing negatives by this process, and on the device; and what it costs a step, beside one that has them."""
+    shape, generator = session.shape(), torch.Generator().manual_seed(10)
+    sampler = samplers.LogUniformSampler(shape.items, shape.negative_fraction)
+    here = session.durations("draw_here", lambda: sampler.draw(generator), 20, on_device=False)
+    drawn = sampler.draw(generator)
+    there = session.durations("draw_there", lambda: draw_on(session.device, sampler, drawn[1] * 51 // 50), 20)
+    sampler.draw = lambda _: drawn
+    with torch.device(session.device):
+        model = train_step.make_model(shape)
+    objective = Objective(NextItemLoss(sampler, None), model, Stage(1, "tp"), generator, session.precision)
+    batch = (
+        torch.randint(1, shape.items, (shape.batch_size, shape.length - 1)),
+        torch.randint(1, shape.items, (shape.batch_size,)),
+    )
+    step = train_step.stepper(objective, model.train_only(Stage(1, "tp")), batch)
+    ready = session.durations("step_with_ready_draw", step, session.hp.steps)
+    medians = {"by_process_ms": 1e3 * float(np.median(here)), "on_device_ms": 1e3 * float(np.median(there))}
+    costs = {"step_ms": 1e3 * session.step_seconds, "step_with_ready_draw_ms": 1e3 * float(ready.mean())}
+    report("drawing", negatives=len(drawn[0]), draws=drawn[1], **medians, **costs)
+
+
+def draw_on(device: torch.device, sampler: samplers.LogUniformSampler, draws: int) -> Tensor:
+    """Distinct ids of the sampler's distribution, drawn by the device; sorted, so no sample to cut to a count."""
+    uniform = torch.rand(draws, dtype=torch.float64, device=device)
+    ids = uniform.mul_(math.log(sampler.items + 1)).exp_().sub_(1).long().clamp_(max=sampler.items - 1)
+    return ids.unique()
+
+
+def ranking(session: Session) -> None:
+    hp = session.hp
+    with torch.device(session.device):
+        model = train_step.make_model(session.shape())
+    data = evaluate.make_data(evaluate.Hyperparameters(rows=hp.rows, items=hp.items, length=hp.length))
+    examples = np.arange(hp.rows)
+    rank = partial(metrics.rank_examples, model, data, examples, Stage(1, "inference"), session.device)
+    seconds = session.durations("ranking", rank, 3, on_device=False)  # ends with the ranks in this process
+    report("ranking", rows=hp.rows, items=hp.items, **spread(seconds), rows_per_s=hp.rows / float(np.median(seconds)))
