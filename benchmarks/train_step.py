@@ -1,8 +1,8 @@
 """How long a training step takes: `python -m benchmarks.train_step --task 1`, with the original's settings.
 
-The throughput of a large matrix product is measured in the same process. A multiply-add counts as 2 operations, one with
-padding as none. With --compare, baselines are interleaved: for task 1 the published implementation, for later tasks the
-states of all positions, and with dropout the same step without.
+The throughput of a large matrix product is measured in the same process. A multiply-add counts as 2 operations, one
+with padding as none. With --compare, baselines are interleaved: for task 1 the published implementation, for later
+tasks the states of all positions, and with dropout the same step without.
 """
 
 import copy

@@ -24,7 +24,7 @@ def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
     """
     own = scores.gather(1, targets[:, None])
     lower = sum((part < own).sum(dim=1, dtype=torch.int32) for part in scores.split(COMPARED_AT_ONCE, dim=1))
-    return scores.shape[1] - lower
+    return scores.shape[1] - lower.long()
 
 
 @torch.no_grad()
@@ -34,24 +34,29 @@ def rank_examples(
 ) -> np.ndarray:
     """The rank of each example's target among all, in the order of `examples`; each process ranks its share.
 
-    InputError if the model has diverged.
+    A row is encoded once, however many of the examples are of it. InputError if the model has diverged.
     """
     model.eval()
     shard, head = processes.own_shard(), model.head(stage.task)
+    rows, row_of = np.unique(data.users[examples], return_inverse=True)
+    by_row = np.argsort(row_of, kind="stable")
+    first = np.searchsorted(row_of[by_row], np.arange(len(rows) + 1))  # of each row's examples in `by_row`
     ranks = torch.zeros(len(examples), dtype=torch.int64, device=device)
     at_once = min(EVALUATION_BATCH, max(1, SCORES_AT_ONCE // head.out_features))
     buffer = torch.empty(at_once, head.out_features, device=device)
-    for start in range(shard.number * EVALUATION_BATCH, len(examples), shard.count * EVALUATION_BATCH):
-        batch = slice(start, start + EVALUATION_BATCH)
-        inputs, targets = (tensor.to(device) for tensor in data.batch(examples[batch]))
-        users = model.user_representation(inputs, stage)
+    for start in range(shard.number * EVALUATION_BATCH, len(rows), shard.count * EVALUATION_BATCH):
+        stop = min(start + EVALUATION_BATCH, len(rows))
+        inputs, _ = data.batch(examples[by_row[first[start:stop]]])
+        users = model.user_representation(inputs.to(device), stage)
         if not users.isfinite().all():
             raise InputError("the model's states are not finite: train it again with a lower --learning_rate")
-        for part, part_targets, part_ranks in zip(*(each.split(at_once) for each in (users, targets, ranks[batch]))):
+        for begin in range(first[start], first[stop], at_once):
+            part = by_row[begin : min(begin + at_once, first[stop])]
+            _, targets = data.batch(examples[part])
             scores = buffer[: len(part)]
-            wide_linear(part, head.weight, head.bias, out=scores)
+            wide_linear(users[row_of[part] - start], head.weight, head.bias, out=scores)
             scores[:, 0] = -torch.inf  # <UNK> is no item and no class, and nobody's target
-            part_ranks.copy_(target_ranks(scores, part_targets))
+            ranks[part] = target_ranks(scores, targets.to(device))
     return processes.total(ranks).cpu().numpy()
 
 

@@ -29,13 +29,13 @@ def test_ranks_count_every_other_score_that_is_not_lower():
 
 @pytest.mark.parametrize("task", [1, 2])
 def test_ranks_by_blocks_are_those_of_all_scores_at_once(monkeypatch, task):
-    """Whatever the sizes of the blocks, `<UNK>` is left out and the rows keep their order."""
+    """Whatever the sizes of the blocks and however many examples a row has, `<UNK>` is left out and order is kept."""
     torch.manual_seed(1)
     model = NextItNet(items=50, channels=8, dilations=[1, 4], kernel_size=3)
     model.add_head(2, 31)
-    inputs, targets = torch.randint(50, (40, 12)), torch.randint(1, 31, (40,))
-    vocabulary = data_loader.Vocabulary()
-    arrays = {"rows": inputs.int().numpy(), "users": np.arange(40), "targets": targets.int().numpy()}
+    rows, users, targets = torch.randint(50, (30, 12)), torch.randint(30, (40,)), torch.randint(1, 31, (40,))
+    inputs, vocabulary = rows[users], data_loader.Vocabulary()
+    arrays = {"rows": rows.int().numpy(), "users": users.numpy(), "targets": targets.int().numpy()}
     data = data_loader.TaskData(**arrays, items=vocabulary, target_vocabulary=vocabulary)
     monkeypatch.setattr(metrics, "EVALUATION_BATCH", 16)
     monkeypatch.setattr(metrics, "SCORES_AT_ONCE", 200)
