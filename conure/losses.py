@@ -20,6 +20,7 @@ from nextitnet import NextItNet
 from pruning import Stage
 
 LOGITS_AT_ONCE = 1 << 26  # 256 MB whatever the number of negatives, and half as much again for bfloat16 products
+ROWS = 64  # the number of rows is rounded up to a multiple, as oneDNN compiles and keeps a kernel for each shape
 EXCLUDED = -1e30  # a logit that counts for nothing; finite, as a piece may hold no other
 ALONE = Shard()  # of a batch: all of it
 
@@ -52,13 +53,19 @@ class SampledSoftmax(torch.autograd.Function):
     def forward(
         ctx, hidden: Tensor, own: Tensor, weight: Tensor, bias: Tensor, hits: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        (n, channels), size = hidden.shape, len(weight)
+        n, size = len(hidden), len(weight)
+        # A row that is added has an own logit that outweighs all others: no loss and no gradient.
+        hidden, own, hits = (
+            F.pad(hidden, (0, 0, 0, -n % ROWS)),
+            F.pad(own, (0, -n % ROWS), value=-EXCLUDED),
+            F.pad(hits, (0, -n % ROWS), value=-1),
+        )
         hidden_gradient, own_gradient = torch.empty_like(hidden), torch.empty_like(own)
         # (C, S), as a product that is summed over many rows is fast when the fewer of its sides are rows.
-        weight_gradient, bias_gradient = hidden.new_zeros(channels, size), torch.zeros_like(bias)
+        weight_gradient, bias_gradient = hidden.new_zeros(hidden.shape[1], size), torch.zeros_like(bias)
         total, weight = hidden.new_zeros(()), weight.to(dtype)
         at_once = max(1, LOGITS_AT_ONCE // size)
-        for start in range(0, n, at_once):
+        for start in range(0, len(hidden), at_once):
             block = slice(start, start + at_once)
             inputs = hidden[block].to(dtype)
             parts = [softmax_of(inputs, weight, bias, hits[block], columns) for columns in pieces(hidden, size)]
@@ -73,7 +80,7 @@ class SampledSoftmax(torch.autograd.Function):
                 bias_gradient[columns] += share.to(dtype) @ within
                 hidden_gradient[block] += product(within, weight[columns].t()) * share[:, None]
                 weight_gradient[:, columns] += product(scaled.t(), within.t())
-        ctx.save_for_backward(hidden_gradient, own_gradient, weight_gradient.t(), bias_gradient)
+        ctx.save_for_backward(hidden_gradient[:n], own_gradient[:n], weight_gradient.t(), bias_gradient)
         return total
 
     @staticmethod

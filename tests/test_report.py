@@ -104,8 +104,8 @@ def zero_owned_by(owner: int):
 def break_a_weight(model: NextItNet) -> None:
     """One of task 1's, which all tasks read, in the newest tap of the second convolution."""
     _, layer, *_ = pruning.owned_weights(model)
-    place = (layer.owner[-1] == 1).nonzero()[40]
-    layer.weight[-1][tuple(place)] = 1e4
+    place = (layer.owner[:, -1] == 1).nonzero()[40]
+    layer.weight[:, -1][tuple(place)] = 1e4
 
 
 @draws
