@@ -29,6 +29,7 @@ SHORTER = {
     ".venv/bin/torchrun --nproc_per_node=2 conure_tp_t1.py": f"{APART} --overwrite",
 }
 ELSEWHERE = {
+    "bash benchmarks/gpu.sh --log FILE": "needs a GPU; tests/test_gpu.py runs it with tiny sizes",
     "bash benchmarks/growth.sh": "takes minutes; `benchmarks.train_step` alone runs below",
     "bash run_tests.sh": "runs this test",
     "CONURE_REFERENCE=folder bash run_tests.sh": "is this, with more references",
