@@ -67,10 +67,7 @@ def agreement(device: torch.device, shape: Hyperparameters) -> Iterator[Check]:
     In bfloat16 they may differ as much as those that the CPU computes in bfloat16, up to a factor.
     """
     model = train_step.make_model(shape).to(CPU)
-    batch = (
-        torch.randint(1, shape.items, (shape.batch_size, shape.length - 1)),
-        torch.randint(1, shape.items, (shape.batch_size,)),
-    )
+    batch = train_step.random_batch(shape, shape.length - 1)
     shapes = {precision: replace(shape, precision=precision) for precision in ("float32", "bfloat16")}
     here = {name: states_and_gradients(copy.deepcopy(model), each, batch) for name, each in shapes.items()}
     model.to(device)

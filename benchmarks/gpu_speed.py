@@ -195,10 +195,7 @@ def drawing(session: Session) -> None:
     with torch.device(session.device):
         model = train_step.make_model(shape)
     objective = Objective(NextItemLoss(sampler, None), model, Stage(1, "tp"), generator, session.precision)
-    batch = (
-        torch.randint(1, shape.items, (shape.batch_size, shape.length - 1)),
-        torch.randint(1, shape.items, (shape.batch_size,)),
-    )
+    batch = train_step.random_batch(shape, shape.length - 1)
     step = train_step.stepper(objective, model.train_only(Stage(1, "tp")), batch)
     ready = session.durations("step_with_ready_draw", step, session.hp.steps)
     medians = {"by_process_ms": 1e3 * float(np.median(here)), "on_device_ms": 1e3 * float(np.median(there))}

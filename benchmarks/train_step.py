@@ -66,6 +66,12 @@ def make_loss(hp: Hyperparameters) -> losses.Loss:
     return losses.PairLoss(losses.bpr, samplers.TargetSampler(samplers.uniform_probabilities(hp.targets)), 0.02)
 
 
+def random_batch(hp: Hyperparameters, time: int) -> tuple[Tensor, Tensor]:
+    """Inputs (B, time) and targets (B,); a step's time does not depend on what they hold."""
+    inputs = torch.randint(1, hp.items, (hp.batch_size, time))
+    return inputs, torch.randint(1, hp.items if hp.task == 1 else hp.targets, (hp.batch_size,))
+
+
 def stepper(
     objective: torch.nn.Module, trained: list[torch.nn.Parameter], batch: Sequence[Tensor]
 ) -> Callable[[], None]:
@@ -103,10 +109,9 @@ def megabytes(module: torch.nn.Module) -> float:
 
 
 def steppers(hp: Hyperparameters, model: NextItNet, time: int) -> dict[str, Callable[[], None]]:
-    """Our step and, with --compare, the baselines; all on one batch, as its content does not change the time."""
+    """Our step and, with --compare, the baselines; all on one batch."""
     stage, precision = Stage(hp.task, "tp"), PRECISIONS[hp.precision] or torch.float32
-    inputs = torch.randint(1, hp.items, (hp.batch_size, time))
-    batch = inputs, torch.randint(1, hp.items if hp.task == 1 else hp.targets, (hp.batch_size,))
+    batch = random_batch(hp, time)
     loss, generator = make_loss(hp), torch.Generator().manual_seed(10)
 
     def step_of(model: NextItNet) -> Callable[[], None]:

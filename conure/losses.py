@@ -61,7 +61,7 @@ class SampledSoftmax(torch.autograd.Function):
             F.pad(hits, (0, -n % ROWS), value=-1),
         )
         hidden_gradient, own_gradient = torch.empty_like(hidden), torch.empty_like(own)
-        # (C, S), as a product that is summed over many rows is fast when the fewer of its sides are rows.
+        # Transposed, (C, S): oneDNN takes half the time for a product whose shorter side comes first.
         weight_gradient, bias_gradient = hidden.new_zeros(hidden.shape[1], size), torch.zeros_like(bias)
         total, weight = hidden.new_zeros(()), weight.to(dtype)
         at_once = max(1, LOGITS_AT_ONCE // size)

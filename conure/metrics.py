@@ -46,13 +46,13 @@ def rank_examples(
     buffer = torch.empty(at_once, head.out_features, device=device)
     for start in range(shard.number * EVALUATION_BATCH, len(rows), shard.count * EVALUATION_BATCH):
         stop = min(start + EVALUATION_BATCH, len(rows))
-        inputs, _ = data.batch(examples[by_row[first[start:stop]]])
+        inputs = torch.from_numpy(data.rows[rows[start:stop]]).long()
         users = model.user_representation(inputs.to(device), stage)
         if not users.isfinite().all():
             raise InputError("the model's states are not finite: train it again with a lower --learning_rate")
         for begin in range(first[start], first[stop], at_once):
             part = by_row[begin : min(begin + at_once, first[stop])]
-            _, targets = data.batch(examples[part])
+            targets = torch.from_numpy(data.targets[examples[part]]).long()
             scores = buffer[: len(part)]
             wide_linear(users[row_of[part] - start], head.weight, head.bias, out=scores)
             scores[:, 0] = -torch.inf  # <UNK> is no item and no class, and nobody's target
