@@ -21,6 +21,7 @@ from pruning import Stage
 
 LOGITS_AT_ONCE = 1 << 26  # 256 MB whatever the number of negatives, and half as much again for bfloat16 products
 ROWS = 64  # the number of rows is rounded up to a multiple, as oneDNN compiles and keeps a kernel for each shape
+ENCODED_ROWS = 8  # likewise, of the distinct rows in a batch
 EXCLUDED = -1e30  # a logit that counts for nothing; finite, as a piece may hold no other
 ALONE = Shard()  # of a batch: all of it
 
@@ -195,8 +196,10 @@ class TargetLoss:
     ) -> Tensor:
         """The mean over the batch (`inputs` (B, T), `targets` (B,)) plus the penalty, or this process's share of it."""
         head, ids = model.head(stage.task), self.ids(targets, generator)
-        inputs, ids = (to_device(shard.of(tensor), head.weight.device) for tensor in (inputs, ids))
-        user = model.user_representation(inputs, stage)  # (B, C)
+        inputs, row_of = shard.of(inputs).unique(dim=0, return_inverse=True)  # each row is encoded once
+        inputs = F.pad(inputs, (0, 0, 0, -len(inputs) % ENCODED_ROWS))
+        inputs, row_of, ids = (to_device(tensor, head.weight.device) for tensor in (inputs, row_of, shard.of(ids)))
+        user = rows(model.user_representation(inputs, stage), row_of)  # (B, C)
         return self.summed(user, ids, head) / len(targets) + self.penalty(model, stage.task) / shard.count
 
     def penalty(self, model: NextItNet, task: int) -> Tensor:

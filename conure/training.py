@@ -48,6 +48,15 @@ def count_trained(model: NextItNet, stage: Stage, trained: list[nn.Parameter]) -
     return sum(parameter.numel() for parameter in trained) - frozen
 
 
+def shuffled_examples(data: TaskData, random: np.random.Generator, by_user: bool) -> np.ndarray:
+    """The training examples in random order; with `by_user` users are, and the examples of each stay together."""
+    shuffled = random.permutation(data.splits["train"])
+    if not by_user:
+        return shuffled
+    place = random.permutation(len(data.rows))[data.users[shuffled]]
+    return shuffled[np.argsort(place, kind="stable")]
+
+
 def seed_of(*numbers: int) -> int:
     """One seed from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
@@ -150,7 +159,9 @@ class Run:
         """Every training example once an epoch, from the present step on; the order follows from seed and epoch."""
         size, (epoch, position) = self.hp.batch_size, divmod(self.state.step, steps_per_epoch)
         for number in range(epoch, self.hp.epochs):
-            shuffled = np.random.default_rng((self.hp.seed, number)).permutation(self.data.splits["train"])
+            random = np.random.default_rng((self.hp.seed, number))
+            by_user = getattr(self.hp, "group_by_user", False)  # task 1 has one example a user
+            shuffled = shuffled_examples(self.data, random, by_user)
             for start in range(position * size, len(shuffled), size):
                 yield shuffled[start : start + size]
             position = 0

@@ -6,6 +6,7 @@ from conure import initial_model, losses, matmul, training
 from conure.losses import Objective
 from conure.samplers import LogUniformSampler, TargetSampler, uniform_probabilities
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -238,6 +239,32 @@ def test_later_tasks_losses_are_torchs_and_leave_out_what_is_unknown(bias):
     margin = (scores.gather(1, targets[:, None]) - scores.gather(1, negatives[:, None])).squeeze(1)
     ours = pair(model, stage, user, targets, torch.Generator().manual_seed(1))
     torch.testing.assert_close(ours, -F.logsigmoid(margin).mean() + penalty)
+
+
+def test_each_row_of_a_batch_is_encoded_once_with_the_loss_of_every_example():
+    model, stage, user = small_model(), Stage(2, "tp"), torch.randint(50, (3, 12))
+    model.add_head(2, 7)
+    row_of, targets, encoded = torch.tensor([0, 2, 0, 1, 0, 2]), torch.tensor([1, 6, 3, 3, 2, 6]), []
+    with model.embedding.register_forward_hook(lambda module, ids, output: encoded.append(output.shape[1])):
+        together = losses.TargetLoss(0.1)(model, stage, user[row_of], targets, None)
+    assert encoded == [losses.ENCODED_ROWS]  # three, and what they are padded to
+    ones = (slice(place, place + 1) for place in range(6))
+    apart = [losses.TargetLoss(0.1)(model, stage, user[row_of[one]], targets[one], None) for one in ones]
+    trained = model.train_only(stage)
+    found = [[loss, *torch.autograd.grad(loss, trained)] for loss in (together, torch.stack(apart).mean())]
+    torch.testing.assert_close(*found)
+
+
+def test_by_user_an_epoch_has_every_example_once_and_users_in_another_order_than_before():
+    users = np.repeat(np.arange(40), np.arange(40) % 4 + 1)
+    train = np.random.default_rng(1).permutation(len(users))[:-10]
+    data = SimpleNamespace(users=users, rows=np.zeros((40, 3)), splits={"train": train})
+    orders = [training.shuffled_examples(data, np.random.default_rng((10, epoch)), True) for epoch in range(2)]
+    for order in orders:
+        assert sorted(order) == sorted(train)
+        assert (np.diff(users[order]) != 0).sum() == len(np.unique(users[train])) - 1  # each user's stand together
+    assert (users[orders[0]] != users[orders[1]]).any()
+    assert (orders[0] == training.shuffled_examples(data, np.random.default_rng((10, 0)), True)).all()
 
 
 def test_an_informed_head_is_held_near_the_rows_of_task_1():
