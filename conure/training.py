@@ -48,13 +48,16 @@ def count_trained(model: NextItNet, stage: Stage, trained: list[nn.Parameter]) -
     return sum(parameter.numel() for parameter in trained) - frozen
 
 
-def shuffled_examples(data: TaskData, random: np.random.Generator, by_user: bool) -> np.ndarray:
-    """The training examples in random order; with `by_user` users are, and the examples of each stay together."""
+def shuffled_examples(data: TaskData, random: np.random.Generator, at_once: int) -> np.ndarray:
+    """The training examples in random order, but for those of a user, of which up to `at_once` stay together."""
     shuffled = random.permutation(data.splits["train"])
-    if not by_user:
+    if at_once == 1:
         return shuffled
-    place = random.permutation(len(data.rows))[data.users[shuffled]]
-    return shuffled[np.argsort(place, kind="stable")]
+    by_user = shuffled[np.argsort(data.users[shuffled], kind="stable")]
+    first = np.searchsorted(data.users[by_user], data.users[by_user])  # of the user's examples in `by_user`
+    starts = (np.arange(len(by_user)) - first) % at_once == 0
+    group = np.cumsum(starts) - 1
+    return by_user[np.argsort(random.permutation(starts.sum())[group], kind="stable")]
 
 
 def seed_of(*numbers: int) -> int:
@@ -160,8 +163,8 @@ class Run:
         size, (epoch, position) = self.hp.batch_size, divmod(self.state.step, steps_per_epoch)
         for number in range(epoch, self.hp.epochs):
             random = np.random.default_rng((self.hp.seed, number))
-            by_user = getattr(self.hp, "group_by_user", False)  # task 1 has one example a user
-            shuffled = shuffled_examples(self.data, random, by_user)
+            at_once = getattr(self.hp, "targets_at_once", 1)  # in task 1 a user has one
+            shuffled = shuffled_examples(self.data, random, at_once)
             for start in range(position * size, len(shuffled), size):
                 yield shuffled[start : start + size]
             position = 0
