@@ -4,7 +4,7 @@ Backbone: Yuan et al., "A Simple Convolutional Generative Network for Next Item 
 block (b); heads: the Conure paper, section 3.2. Activations are (time, batch, channels) inside the blocks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import gcd
 from typing import NamedTuple
 
@@ -201,6 +201,7 @@ class NextItNet(nn.Module):
             truncated_normal_(self.position.weight)
         self.dropout = Dropout()  # of items, blocks and hidden states; training sets its probability
         self.blocks = nn.ModuleList(ResidualBlock(channels, kernel_size, self.dropout) for _ in dilations)
+        self.compiled: Callable[..., Tensor] | None = None  # `states`, for training alone
         self.heads = nn.ModuleDict()  # by task number, as a string
         self.anchors: dict[int, Tensor] = {}  # by task: where L2-SP pulls the head's weight; not saved
         self.add_head(1, items)
@@ -225,10 +226,11 @@ class NextItNet(nn.Module):
         """Hidden states (B, T, C); with `last_only` (B, 1, C), and nothing computed that they do not depend on."""
         shape = self.architecture
         inputs, blocks = plan(shape["dilations"], shape["kernel_size"], ids.shape[1], last_only)
-        return self.states(ids, stage, inputs.places(Grid(ids.shape[1], 1)), blocks).transpose(0, 1)
+        states = self.compiled if self.training and self.compiled else self.states
+        return states(ids, stage, inputs.places(Grid(ids.shape[1], 1)), blocks).transpose(0, 1)
 
     def states(self, ids: Tensor, stage: Stage, places: slice, blocks: list[BlockPlan]) -> Tensor:
-        """(outputs, B, C) by a plan; what torch.compile may put in a faster form."""
+        """(outputs, B, C) by a plan."""
         x = self.embedding(ids.t()[places])  # (P, B, C)
         if self.position is not None:
             # Counted from the right, because padding is on the left.

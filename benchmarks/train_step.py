@@ -129,7 +129,7 @@ def steppers(hp: Hyperparameters, model: NextItNet, time: int) -> dict[str, Call
     elif hp.compare:
         steps["full"] = step_of(make_model(hp, FullSequence))
     if hp.compile:
-        model.states = torch.compile(model.states)
+        model.compiled = torch.compile(model.states)
     return steps
 
 

@@ -28,7 +28,6 @@ def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # scores are bit-identical with and without --compile
 def rank_examples(
     model: NextItNet, data: TaskData, examples: np.ndarray, stage: Stage, device: torch.device
 ) -> np.ndarray:

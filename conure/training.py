@@ -48,16 +48,13 @@ def count_trained(model: NextItNet, stage: Stage, trained: list[nn.Parameter]) -
     return sum(parameter.numel() for parameter in trained) - frozen
 
 
-def shuffled_examples(data: TaskData, random: np.random.Generator, at_once: int) -> np.ndarray:
-    """The training examples in random order, but for those of a user, of which up to `at_once` stay together."""
+def shuffled_examples(data: TaskData, random: np.random.Generator, by_user: bool) -> np.ndarray:
+    """The training examples in random order; with `by_user` users are, and the examples of each stay together."""
     shuffled = random.permutation(data.splits["train"])
-    if at_once == 1:
+    if not by_user:
         return shuffled
-    by_user = shuffled[np.argsort(data.users[shuffled], kind="stable")]
-    first = np.searchsorted(data.users[by_user], data.users[by_user])  # of the user's examples in `by_user`
-    starts = (np.arange(len(by_user)) - first) % at_once == 0
-    group = np.cumsum(starts) - 1
-    return by_user[np.argsort(random.permutation(starts.sum())[group], kind="stable")]
+    place = random.permutation(len(data.rows))[data.users[shuffled]]
+    return shuffled[np.argsort(place, kind="stable")]
 
 
 def seed_of(*numbers: int) -> int:
@@ -155,7 +152,7 @@ class Run:
     def objective(self, loss: Loss, generator: torch.Generator) -> nn.Module:
         """What gives a batch's loss, and the gradients that all processes share."""
         if self.hp.compile and can_compile(self.device):
-            self.model.states = torch.compile(self.model.states)
+            self.model.compiled = torch.compile(self.model.states)
         return average_gradients(Objective(loss, self.model, self.stage, generator, self.precision))
 
     def batches(self, steps_per_epoch: int) -> Iterator[np.ndarray]:
@@ -163,8 +160,8 @@ class Run:
         size, (epoch, position) = self.hp.batch_size, divmod(self.state.step, steps_per_epoch)
         for number in range(epoch, self.hp.epochs):
             random = np.random.default_rng((self.hp.seed, number))
-            at_once = getattr(self.hp, "targets_at_once", 1)  # in task 1 a user has one
-            shuffled = shuffled_examples(self.data, random, at_once)
+            by_user = getattr(self.hp, "group_by_user", False)  # in task 1 a row is one example
+            shuffled = shuffled_examples(self.data, random, by_user)
             for start in range(position * size, len(shuffled), size):
                 yield shuffled[start : start + size]
             position = 0
