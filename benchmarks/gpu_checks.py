@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from conure import checkpoint, rescoring
-from conure.device import PRECISIONS
 from conure.fingerprint import fingerprints
 from conure.losses import Objective
 from conure.settings import ROOT
@@ -85,7 +84,7 @@ def agreement(device: torch.device, shape: Hyperparameters) -> Iterator[Check]:
 def states_and_gradients(
     model: NextItNet, shape: Hyperparameters, batch: tuple[Tensor, Tensor]
 ) -> dict[str, list[Tensor]]:
-    stage, device, precision = Stage(1, "tp"), next(model.parameters()).device, PRECISIONS[shape.precision]
+    stage, device, precision = Stage(1, "tp"), next(model.parameters()).device, getattr(torch, shape.precision)
     trained = model.train_only(stage)
     generator = torch.Generator().manual_seed(10)  # draws the same negatives for both, as it is the CPU's
     Objective(train_step.make_loss(shape), model, stage, generator, precision)(*batch).backward()

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from conure import metrics, samplers, training
-from conure.device import PRECISIONS, can_compile
+from conure.device import can_compile
 from conure.losses import NextItemLoss, Objective
 
 import numpy as np
@@ -39,7 +39,7 @@ class Session:
 
     @property
     def precision(self) -> torch.dtype:
-        return PRECISIONS[self.hp.precision]
+        return getattr(torch, self.hp.precision)
 
     def shape(self, **changes: Any) -> train_step.Hyperparameters:
         names = ("items", "length", "batch_size", "channels", "dilations", "kernel_size", "negative_fraction")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from conure import launch, losses, samplers, training
-from conure.device import PRECISIONS, make_deterministic
+from conure.device import make_deterministic
 from conure.losses import Objective
 from conure.settings import Below1, Count, Dilations, KernelSize, Length, Range, Task, UpTo1, Width
 
@@ -110,7 +110,7 @@ def megabytes(module: torch.nn.Module) -> float:
 
 def steppers(hp: Hyperparameters, model: NextItNet, time: int) -> dict[str, Callable[[], None]]:
     """Our step and, with --compare, the baselines; all on one batch."""
-    stage, precision = Stage(hp.task, "tp"), PRECISIONS[hp.precision] or torch.float32
+    stage, precision = Stage(hp.task, "tp"), getattr(torch, hp.precision)
     batch = random_batch(hp, time)
     loss, generator = make_loss(hp), torch.Generator().manual_seed(10)
 
@@ -139,7 +139,7 @@ def main(hp: Hyperparameters) -> None:
     time = hp.length - 1 if hp.task == 1 else hp.length + 1
     model = make_model(hp)
     steps = steppers(hp, model, time)
-    precision = PRECISIONS[hp.precision] or torch.float32
+    precision = getattr(torch, hp.precision)
     before = bench.matmul_gflops(precision)
     seconds = bench.interleaved(steps, hp.steps)
     after = bench.matmul_gflops(precision)

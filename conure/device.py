@@ -4,9 +4,6 @@ from conure.errors import InputError
 
 import torch
 
-# Of matrix products; weights, sums and losses stay float32.
-PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 def pick_device(name: str) -> torch.device:
     """auto, cpu or cuda → the device; InputError if there is no such one."""
@@ -17,9 +14,17 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """auto, float32 or bfloat16 → the dtype of matrix products in training."""
-    return PRECISIONS[name] or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+def pick_precision(name: str, device: torch.device) -> str:
+    """auto, float32 or bfloat16 → one of the latter, the dtype of matrix products in training.
+
+    Weights, sums and losses stay float32.
+    """
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bfloat16"
+    cpu = torch.cpu.get_capabilities()
+    return "bfloat16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "float32"
 
 
 def make_deterministic(device: torch.device) -> None:

@@ -86,7 +86,7 @@ class Running:
     index_path: str = "Data/Session/index.csv"  # ids of the items: conure_tp_t1.py writes it, the others read it
     checkpoint_dir: str = "checkpoints"  # checkpoints and results.csv, read and written
     device: Device = "auto"  # auto: cuda if there is a GPU
-    precision: Precision = "auto"  # of matrix products in training; auto: bfloat16 on a GPU, float32 on a CPU
+    precision: Precision = "auto"  # of products in training; auto: bfloat16 if the hardware multiplies it, else float32
     compile: bool = False  # use torch.compile; the first steps take minutes
     eval_every: Interval = 0  # steps between evaluations on validation; 0: once an epoch
     snapshot_minutes: NonNegative = 10  # between snapshots, from which an interrupted run resumes; 0: at evaluations

@@ -78,6 +78,7 @@ class Run:
         print(f"task {stage.task}, {stage.mode}")
         self.hp, self.stage, self.data, self.metric = hp, stage, data, metric
         self.device = pick_device(hp.device)
+        hp.precision = pick_precision(hp.precision, self.device)  # before it becomes part of the stage's identity
         self.files = files(hp, stage, data)
         with self.files.closed_on_failure():
             make_deterministic(self.device)
@@ -93,8 +94,7 @@ class Run:
             self.results = Results(os.path.join(hp.checkpoint_dir, "results.csv"), stage)
             self.state = TrainingState(trained, optimiser, self.results.own)
             self.stop = StopRequest()
-            self.precision = pick_precision(hp.precision, self.device)
-            announce(hp, data, self.model, count, self.device, self.precision)
+            announce(hp, data, self.model, count, self.device)
             resumed = self.files.snapshot.resume(self.state, self.device)
             processes.wait()  # until all have read what the first one is about to remove or to write over
             if not resumed:
@@ -153,7 +153,7 @@ class Run:
         """What gives a batch's loss, and the gradients that all processes share."""
         if self.hp.compile and can_compile(self.device):
             self.model.compiled = torch.compile(self.model.states)
-        return average_gradients(Objective(loss, self.model, self.stage, generator, self.precision))
+        return average_gradients(Objective(loss, self.model, self.stage, generator, getattr(torch, self.hp.precision)))
 
     def batches(self, steps_per_epoch: int) -> Iterator[np.ndarray]:
         """Every training example once an epoch, from the present step on; the order follows from seed and epoch."""

@@ -265,7 +265,7 @@ def test_what_a_run_prints(chain):
         r"^  prune_ratio +0\.6$",
         r"^data: .*\n  1,500 rows of 21; 40\d item ids; \d+ target ids\n  [\d,]+ examples: [\d,]+ train, ",
         r"^parameters: [\d,]+, of which this stage trains [\d,]+$",
-        r"^device: cpu, \d+ threads; float32\nversions: python 3\.\d+\.\d+, torch ",
+        r"^device: cpu, \d+ threads; (float32|bfloat16)\nversions: python 3\.\d+\.\d+, torch ",
         r"^  task 1 owns: 30\.0\d% of the conv weights\n  task 2 owns: 28\.0\d% .*\n  free: 41\.9\d% ",
         r"^saved .*tp_t2\.pt \(\d\.\d MB\)\nnext: python conure_ret_t2\.py --checkpoint_dir .* --index_path ",
     ):

@@ -105,6 +105,21 @@ def test_a_snapshot_of_other_settings_or_data_is_refused_by_name(killed, tmp_pat
     assert not list((folder / "checkpoints").glob("*snapshot*"))
 
 
+@pytest.mark.parametrize(
+    "cpu, auto", [({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16"), ({}, "float32")]
+)
+def test_what_auto_means_for_the_precision_is_recorded_and_another_is_refused(
+    demo, tmp_path, run_here, monkeypatch, cpu, auto
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    command = ["conure_tp_t1.py", *flags(demo, 1), *SMALL, "--epochs", "1", "--checkpoint_dir", str(tmp_path)]
+    code, output, _ = run_here(*command)
+    assert code == 0 and f"; {auto}\nversions" in output
+    other = "float32" if auto == "bfloat16" else "bfloat16"
+    assert f"was made with precision {auto} (now {other})" in refused(run_here(*command, "--precision", other))
+    assert "is finished" in run_here(*command, "--precision", auto)[1]
+
+
 def test_a_killed_overwriting_goes_on_when_it_is_started_again(killed, tmp_path, run_here):
     folder = Path(shutil.copytree(killed / "Data", tmp_path / "Data")).parent
     assert run_here("conure_tp_t1.py", *flags(folder, 1), *SMALL, "--epochs", "1")[0] == 0

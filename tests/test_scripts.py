@@ -85,6 +85,7 @@ def test_a_missing_gpu_is_said(run_here, demo):
 def test_compiled_training_is_that_of_the_plain_code(run_here, demo, tmp_path):
     """And where there is no compiler, one line says so."""
     small = ["--channels", "8", "--dilations", "1", "--epochs", "1", "--learning_rate", "1e-4", "--dropout", "0"]
+    small += ["--precision", "float32"]
     scores = []
     for number, more in enumerate(([], ["--compile"])):
         folder = str(tmp_path / str(number))
