@@ -88,9 +88,6 @@ class DilatedConv(torch.autograd.Function):
         ctx.geometry, ctx.dtypes = geometry, (x.dtype, weight.dtype)
         x, weight = F.pad(x.to(dtype), (0, 0, 0, 0, geometry.padding, 0)), weight.to(dtype)
         ctx.save_for_backward(x, weight)
-        if x.shape[1] == 0:  # a process's share of a last batch that is too small for all; conv2d refuses it
-            last_tap = x[(weight.shape[1] - 1) * geometry.dilation :: geometry.stride]
-            return last_tap.new_zeros(len(last_tap), 0, len(weight), dtype=ctx.dtypes[0])
         out = torch.conv2d(image(x), kernel(weight), stride=(geometry.stride, 1), dilation=(geometry.dilation, 1))
         return out[0].permute(1, 2, 0).to(ctx.dtypes[0])
 
@@ -98,8 +95,6 @@ class DilatedConv(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         (x, weight), (stride, dilation, padding) = ctx.saved_tensors, ctx.geometry
         gradient, x_gradient, weight_gradient = gradient.to(weight.dtype), None, None
-        if x.shape[1] == 0:
-            return x[padding:].to(ctx.dtypes[0]), torch.zeros_like(weight, dtype=ctx.dtypes[1]), None, None
         if ctx.needs_input_grad[0]:
             x_gradient, _, _ = torch.ops.aten.convolution_backward(
                 *(image(gradient), image(x), kernel(weight), None, (stride, 1), (0, 0), (dilation, 1)),
@@ -225,6 +220,8 @@ class NextItNet(nn.Module):
     def forward(self, ids: Tensor, stage: Stage, last_only: bool = False) -> Tensor:
         """Hidden states (B, T, C); with `last_only` (B, 1, C), and nothing computed that they do not depend on."""
         shape = self.architecture
+        if ids.shape[0] == 0:  # a process's share of a last batch that is too small for all; conv2d refuses it
+            return self.embedding.weight.new_zeros(0, 1 if last_only else ids.shape[1], shape["channels"])
         inputs, blocks = plan(shape["dilations"], shape["kernel_size"], ids.shape[1], last_only)
         states = self.compiled if self.training and self.compiled else self.states
         return states(ids, stage, inputs.places(Grid(ids.shape[1], 1)), blocks).transpose(0, 1)

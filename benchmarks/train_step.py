@@ -73,7 +73,7 @@ def random_batch(hp: Hyperparameters, time: int) -> tuple[Tensor, Tensor]:
 
 
 def stepper(
-    objective: torch.nn.Module, trained: list[torch.nn.Parameter], batch: Sequence[Tensor]
+    objective: Callable[..., Tensor], trained: list[torch.nn.Parameter], batch: Sequence[Tensor]
 ) -> Callable[[], None]:
     """A function that takes one step."""
     adam = training.adam(trained, 1e-4, 0.9)

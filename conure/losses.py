@@ -13,7 +13,6 @@ from conure.processes import Shard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from data_loader import TaskData
 from nextitnet import NextItNet
@@ -272,24 +271,16 @@ def target(hp: Any, data: TaskData) -> TargetLoss:
     return PairLoss({"bpr": bpr, "bce": bce}[hp.loss], samplers.TargetSampler(probabilities), hp.l2)
 
 
-class Objective(nn.Module):
-    """A process's share of the loss of a batch, as the module that DistributedDataParallel wants."""
+class Objective:
+    """A process's share of the loss of a batch: all shares, and their gradients, add up to the batch's."""
 
     def __init__(self, loss: Loss, model: nn.Module, stage: Stage, generator: torch.Generator, precision: torch.dtype):
         """`generator` draws the negatives, the same ones in all processes."""
-        super().__init__()
         self.loss, self.model, self.stage, self.generator = loss, model, stage, generator
         self.precision = precision
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """`inputs` (B, T) and `targets` (B,) of the whole batch, on the CPU."""
         device = next(self.model.parameters()).device
         with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
             return self.loss(self.model, self.stage, inputs, targets, self.generator, processes.own_shard())
-
-
-def average_gradients(objective: Objective) -> nn.Module:
-    """The objective, whose backward pass averages the gradients of all processes if there are several."""
-    if processes.own_shard().count == 1:
-        return objective
-    return DistributedDataParallel(objective, forward_sync_buffers=False, gradient_as_bucket_view=True)

@@ -10,7 +10,7 @@ from conure.device import can_compile, make_deterministic, pick_device, pick_pre
 from conure.errors import InputError
 from conure.initial_model import initial_model
 from conure.interrupt import StopRequest
-from conure.losses import Loss, Objective, average_gradients
+from conure.losses import Loss, Objective
 from conure.reporting import Progress, Results, announce
 from conure.snapshot import TrainingState
 from conure.stage_files import StageFiles
@@ -149,11 +149,11 @@ class Run:
                     self.stop.announce(state.epoch)
                     break
 
-    def objective(self, loss: Loss, generator: torch.Generator) -> nn.Module:
-        """What gives a batch's loss, and the gradients that all processes share."""
+    def objective(self, loss: Loss, generator: torch.Generator) -> Objective:
+        """What gives this process's share of a batch's loss."""
         if self.hp.compile and can_compile(self.device):
             self.model.compiled = torch.compile(self.model.states)
-        return average_gradients(Objective(loss, self.model, self.stage, generator, getattr(torch, self.hp.precision)))
+        return Objective(loss, self.model, self.stage, generator, getattr(torch, self.hp.precision))
 
     def batches(self, steps_per_epoch: int) -> Iterator[np.ndarray]:
         """Every training example once an epoch, from the present step on; the order follows from seed and epoch."""
@@ -180,12 +180,13 @@ class Run:
         for group, rate in zip(self.state.optimiser.param_groups, rates):
             group["lr"] = factor * rate
 
-    def take_step(self, objective: nn.Module, batch: np.ndarray) -> torch.Tensor:
+    def take_step(self, objective: Objective, batch: np.ndarray) -> torch.Tensor:
         """One step of Adam; returns the whole batch's loss, which a GPU may still be computing."""
-        objective.train()
+        self.model.train()
         value = objective(*self.data.batch(batch))
         self.state.optimiser.zero_grad()
-        (value * processes.own_shard().count).backward()  # as the processes' gradients are averaged
+        value.backward()
+        processes.sum_gradients(self.state.trained)
         self.state.optimiser.step()
         self.state.step += 1
         return processes.total(value.detach())

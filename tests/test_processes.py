@@ -1,6 +1,7 @@
 """Several processes train and score as one does."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -18,6 +19,30 @@ try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
     json.dump(losses, open(output + os.environ.get("RANK", "0"), "w"))
+"""
+
+# Both processes make the gradients of both, and hold the sums that they get against those of their own.
+SUMS = """
+import torch
+from conure import processes
+from torch import nn
+
+def gradients(process):
+    torch.manual_seed(process)
+    rows, (first, second) = processes.TABLE // 64, [(1, None), (None, 1)][process]
+    few = torch.zeros(rows, 64)
+    few[[5, 70 + process, 900 * process]] = torch.randn(3, 64)
+    tables = few, torch.randn(rows, 4, 16), torch.randn(processes.TABLE), first and 2 * few, second and 3 * few
+    return *tables, torch.randn(3, 2), first and torch.randn(7), second and torch.tensor(1.0)
+
+with processes.group("cpu"):
+    of_both = [gradients(process) for process in (0, 1)]
+    expected = [sum(each for each in pair if each is not None) for pair in zip(*of_both)]
+    parameters = [nn.Parameter(torch.zeros_like(each)) for each in expected]
+    for parameter, gradient in zip(parameters, of_both[processes.own_shard().number]):
+        parameter.grad = gradient
+    processes.sum_gradients(parameters)
+    assert all(map(torch.equal, [parameter.grad for parameter in parameters], expected))
 """
 
 
@@ -50,6 +75,19 @@ def test_two_processes_have_the_loss_curve_of_one(chain, tmp_path, task, mode):
     np.testing.assert_allclose(*curves, rtol=0, atol=1e-4)
     one, two = printed
     assert len(one) == len(two) and one[0] == two[0]  # what they start from scores the same
+
+
+def test_gradients_are_summed_by_rows_or_whole_and_without_one_of_them(tmp_path):
+    program = tmp_path / "sums.py"
+    program.write_text(SUMS)
+    run(2, program)
+
+
+def test_tables_cost_no_more_than_the_rows_that_a_batch_touched():
+    """Of two tables of 42 MB, a fifth of the one's rows and a few of the other's."""
+    printed = run_python("-m", "benchmarks.several_processes", "--items", "41000", "--dilations", "1", "--steps", "1")
+    given = {name: float(value) for name, value in re.findall(r"(\w+)_mb=(\S+)", printed)}
+    assert given["whole"] > 84 and given["by_rows"] < 0.2 * given["whole"]
 
 
 def test_a_last_batch_smaller_than_the_number_of_processes(chain_copy):
