@@ -29,7 +29,7 @@ while [ -f conure_tp_t$task.py ]; do  # tasks added to the four too
             case "$stage$task" in
                 tp1) flags=(--epochs 12 --channels 64 --dilations 1,4,1,4) ;;
                 ret1) flags=(--epochs 6) ;;
-                tp2 | ret2 | tp3 | ret3) flags=(--epochs 5 --batch_size 128 --learning_rate 3e-4) ;;
+                tp2 | ret2 | tp3 | ret3) flags=(--epochs 5 --batch_size 256 --learning_rate 1.5e-3) ;;
                 *) flags=(--epochs 8 --batch_size 128 --learning_rate 3e-4) ;;
             esac
         fi

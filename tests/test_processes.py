@@ -67,7 +67,7 @@ def test_two_processes_have_the_loss_curve_of_one(chain, tmp_path, task, mode):
         folder = tmp_path / str(processes)
         shutil.copytree(chain[0], folder)
         small = [*chain_settings(task, mode), "--epochs", "1", "--batch_size", "63", "--learning_rate", "1e-4"]
-        small += ["--dropout", "0"]
+        small += ["--dropout", "0", "--precision", "float32"]
         command = [f"conure_{mode}_t{task}.py", *flags(folder, task), *small, "--overwrite"]
         printed.append(results(run(processes, program, folder / "losses", *command)))
         curves.append(json.loads((folder / "losses0").read_text()))
