@@ -1,9 +1,9 @@
 """Makes the task files from a table of interactions: a user, an item and mostly a time in each row.
 
 Each user's rows are put in order; the first part is the history, whose last items are the sequence. Further tasks are
-about what the user did after that, in this table or in another one, or about what is known of the user. Nothing in a
-sequence is later than what is to be predicted from it, as far as times are known. Data/README.md has a line for each of
-the usual data sets.
+about what the user did after that, in this table or in another one, or about what is known of the user. Every target
+that has a time is later than all of its sequence. Rows of the same time come in random order, because a network learns
+any other. Data/README.md has a line for each of the usual data sets.
 
 READS  --interactions, --users, and the tables that --task names: .csv, .tsv, .inter, .user, .dat, .gz of them, .parquet
 WRITES original_desen_pretrain.csv                    task 1: the sequence
@@ -22,7 +22,7 @@ from pathlib import Path
 from conure import launch
 from conure.errors import InputError
 from conure.line_reader import MAX_LINE_TOKENS
-from conure.settings import Count, Length, UpTo1
+from conure.settings import Count, Length, Seed, UpTo1
 
 import numpy as np
 import pandas as pd
@@ -37,7 +37,7 @@ class Hyperparameters:
     interactions: str = ""  # table with a user and an item in each row
     user: str = "user_id"  # its column of users, and that of all other tables
     item: str = "item_id"  # its column of items
-    order: str = "timestamp"  # its columns to order a user's rows by, such as time,item; "": as they stand in the file
+    order: str = "timestamp"  # its columns to order a user's rows by, such as date,hour; "": as they stand in the file
     columns: str = ""  # names of its columns, such as user,item,rating,time; "": the first line names them
     where: str = ""  # rows that task 1 uses, such as "rating >= 4"; "": all
     users: str = ""  # table with what is known of the users, for tasks NAME=users.COLUMN
@@ -46,11 +46,13 @@ class Hyperparameters:
     history: UpTo1 = 0.8  # share of a user's rows, in order, that the sequence is taken from
     length: Length = 50  # items in a sequence; shorter histories are padded on the left with 0
     min_rows: Count = 5  # users with fewer rows that task 1 uses are left out
+    seed: Seed = 10  # of the random order of ties: rows of a user with equal values in the columns of --order
     output_dir: str = "Data/Session"  # where the task files go
     overwrite: bool = False  # replace task files that are there already
 
 
 ITEM_0 = "item_0"  # what the item of that name is called in the task files, where 0 is padding
+MANY_TIES = 0.1  # of neighbouring rows: a larger share is printed
 COLUMNS_HINT = 'name yours with --user, --item and --order (--order "": as in the file), or all of them with --columns'
 
 
@@ -80,7 +82,7 @@ class Histories:
     sequences: list[str]  # (U,) padded on the left
     ends: list[np.ndarray]  # (U,) each: the place in the order where the sequence ends
     items: int  # distinct ones in all sequences
-    later: Rows  # of the table of interactions, after the histories
+    later: Rows  # of the table of interactions, strictly later than the histories
 
 
 @dataclass
@@ -139,6 +141,22 @@ def sorted_by(lines: np.ndarray, order: list[np.ndarray]) -> np.ndarray:
     return np.lexsort((*reversed(order), lines)) if order else np.argsort(lines, kind="stable")
 
 
+def in_order(hp: Hyperparameters, table: tables.Table, lines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The places (n,) of rows, user after user and each user's in order, ties shuffled; and for each of these rows the
+    number (n,) of the first that it ties with. Without an order nothing ties."""
+    places, numbers = sorted_by(lines, table.order), np.arange(len(lines))
+    if not table.order:
+        return places, numbers
+    differs = [values[places][1:] != values[places][:-1] for values in (lines, *table.order)]
+    first = np.maximum.accumulate(np.where(np.append(True, np.logical_or.reduce(differs)), numbers, 0))
+    # What is added is below 1, so only ties change places. They are sorted by item, so that the file's order makes no
+    # difference, and then shuffled.
+    items = table.tokens[hp.item]
+    ranks = np.argsort(np.argsort(items.categories)) / len(items.categories)
+    places = places[np.argsort(first + ranks[items.codes[places]], kind="stable")]
+    return places[np.argsort(first + np.random.default_rng(hp.seed).random(len(first)), kind="stable")], first
+
+
 def histories_of(hp: Hyperparameters, table: tables.Table) -> Histories:
     column = table.tokens[hp.user]
     if not len(column):
@@ -146,20 +164,24 @@ def histories_of(hp: Hyperparameters, table: tables.Table) -> Histories:
     # Shorter ids first, so that numbers are in the order of numbers, however the rows of the table are shuffled.
     ids = pd.Index(sorted(column.categories, key=lambda id: (len(id), id)))
     lines = ids.get_indexer(column.categories).astype(np.int32)[column.codes]
-    places = sorted_by(lines, table.order)
+    places, first = in_order(hp, table, lines)
     lines, used = lines[places], table.meets[hp.where][places]
     starts = np.searchsorted(lines, np.arange(len(ids)))
     before = np.cumsum(used) - used  # rows that task 1 uses before each row, ...
     before -= before[np.minimum(starts, len(lines) - 1)][lines]  # ... of the same user
+    earlier = before[first]  # those of them that do not tie with the row
+    print_ties(hp, lines[used], first[used])
     rows = np.bincount(lines, weights=used, minlength=len(ids)).astype(np.int64)
     kept = np.where(rows < hp.min_rows, 0, (rows * hp.history).astype(np.int64))
+    behind = used & (before == kept[lines])  # each user's first row behind the cut, which moves to before its ties
+    kept[lines[behind]] = earlier[behind]
     chosen = kept > 0
     print_left_out(hp, rows, chosen)
     line_of = np.cumsum(chosen) - 1
     kept = kept[lines]
     in_sequence = used & (before < kept) & (before >= kept - hp.length)
     last = places[used & (before == kept - 1)]
-    later = (before >= kept) & (kept > 0)
+    later = (earlier >= kept) & (kept > 0)
     sequence = Rows(line_of[lines[in_sequence]], places[in_sequence])
     lengths = np.bincount(sequence.lines)
     items = table.tokens[hp.item]
@@ -174,12 +196,22 @@ def histories_of(hp: Hyperparameters, table: tables.Table) -> Histories:
     )
 
 
+def print_ties(hp: Hyperparameters, lines: np.ndarray, first: np.ndarray) -> None:
+    """Of the rows that task 1 uses: `lines` (n,) tells the users apart, `first` (n,) the ties."""
+    neighbours = np.count_nonzero(lines[1:] == lines[:-1])
+    ties = np.count_nonzero(first[1:] == first[:-1])
+    if ties > MANY_TIES * neighbours:
+        share = 100 * ties / neighbours
+        print(f"{share:.1f} % of neighbouring rows have the same {hp.order}: those come in random order (--seed)")
+
+
 def print_left_out(hp: Hyperparameters, rows: np.ndarray, chosen: np.ndarray) -> None:
     """`rows` (U,) that task 1 uses, `chosen` (U,) bool: who has a sequence; InputError if nobody has."""
     of_task_1 = f" where {hp.where}" if hp.where else ""
     reason = f"fewer than {hp.min_rows} rows{of_task_1}, or none before the cut"
     if not chosen.any():
-        raise InputError(f"{hp.interactions}: no user is left, all have {reason}: see --min_rows, --history, --where")
+        flags = "--min_rows, --history, --order, --where"
+        raise InputError(f"{hp.interactions}: no user is left, all have {reason}: see {flags}")
     if not chosen.all():
         print(f"{np.count_nonzero(~chosen):,} of {len(rows):,} users are left out: {reason}")
 

@@ -117,6 +117,58 @@ def test_nothing_after_the_cut_is_in_a_sequence_however_the_rows_are_shuffled(ma
         assert later == f"{line},," + ",".join(f"i{time}" for time, _ in own if time > kept[-1])
 
 
+def test_ties_come_in_an_order_that_the_seed_decides_and_the_file_does_not(make):
+    rows = [(user, f"{hour}{item}", 5, hour) for user in range(9) for hour in (1, 2) for item in "abcd"]
+
+    def lines(order: str, *flags: str) -> list[str]:
+        content = table(rows, "user_id,item_id,day,hour")
+        return make({"rows.csv": content}, "--history", "1", "--length", "8", "--order", order, *flags)[1]["pretrain"]
+
+    first = lines("day,hour")
+    assert {re.sub("[a-d]", "", line) for line in first} == {"1,1,1,1,2,2,2,2"}, "what does not tie keeps its order"
+    assert len(set(first)) == 9, "no order is that of all users"
+    assert lines("day,hour", "--seed", "11") != first
+    assert set(lines("")) == {"1a,1b,1c,1d,2a,2b,2c,2d"}
+    np.random.default_rng(3).shuffle(rows)
+    assert lines("day,hour") == first
+
+
+def test_the_cut_parts_no_ties_and_targets_are_strictly_later(make):
+    random = np.random.default_rng(3)
+    numbers = zip(random.integers(0, 40, 2000).tolist(), random.integers(0, 25, 2000).tolist())
+    rows = [(user, f"i{row}", time, int(random.random() < 0.7)) for row, (user, time) in enumerate(numbers)]
+    rows += [(40, f"same{row}", 7, 1) for row in range(9)]
+    content = table(rows, "user_id,item_id,timestamp,seen")
+    printed, files = make({"rows.csv": content}, "--where", "seen == 1", "--task", "click=later", "--length", "99")
+    assert "1 of 41 users are left out: fewer than 5 rows where seen == 1, or none before the cut" in printed
+    moved = unseen = 0
+    for user, line, later in zip(range(40), files["pretrain"], files["click"], strict=True):
+        own = [(item, time, seen) for owner, item, time, seen in rows if owner == user]
+        times = sorted(time for _, time, seen in own if seen)
+        cut = times[int(len(times) * 0.8)]
+        last = max(time for time in times if time < cut)
+        assert set(line.split(",")) - {"0"} == {item for item, time, seen in own if seen and time <= last}
+        assert set(later.split(",,")[1].split(",")) == {item for item, time, _ in own if time > last}
+        moved += times[int(len(times) * 0.8) - 1] == cut
+        unseen += any(time == last and not seen for _, time, seen in own)
+    assert moved > 10 and unseen > 10, "the rows have what is promised for them"
+
+
+def test_more_than_a_tenth_of_ties_is_said(make):
+    def said(ties: dict[str, int], *flags: str) -> str:
+        """Of two users, 20 neighbours in all; those that are not seen do not count."""
+        rows = [(user, time + 1, max(time, ties[user]), 1) for user in "ab" for time in range(11)]
+        rows += [(user, 99, 10, 0) for user in "ab" for _ in range(9)]
+        content = table(rows, "user_id,item_id,timestamp,seen")
+        printed, _ = make({"rows.csv": content}, "--where", "seen == 1", *flags)
+        return printed.splitlines()[0]
+
+    message = "15.0 % of neighbouring rows have the same timestamp: those come in random order (--seed)"
+    assert said({"a": 3, "b": 0}) == message
+    assert said({"a": 1, "b": 1}) == ""
+    assert said({"a": 3, "b": 3}, "--order", "") == said({"a": 3, "b": 3}, "--order", "timestamp,item_id") == ""
+
+
 def test_of_another_table_counts_what_is_later_than_the_sequence(make):
     other = [("a", "early", 6), ("b", "same", 7), ("a", "x", 9), ("nobody", "z", 99), ("b", "y", 8), ("a", "w", 8)]
     tables = {"rows.csv": table(days()), "other.csv": table(other)}
@@ -182,10 +234,10 @@ def test_an_order_that_is_none_is_named_by_the_files_line(refused):
     assert wanted.replace("7", "6") in refused({"rows.csv": "\r\n".join(rows)}, *flags, "--columns", head)
 
 
-def test_rows_are_ordered_by_all_columns_named_and_ties_stay_as_they_were(make):
-    rows = [("a", item, day, hour) for item, day, hour in zip("54321", "12211", (12, 10, 9, 2, 2))]
+def test_rows_are_ordered_by_all_columns_named(make):
+    rows = [("a", item, day, hour) for item, day, hour in zip("54321", "12211", (12, 10, 9, 2, 3))]
     tables = {"rows.csv": table(rows, "user_id,item_id,day,hour")}
-    ordered = {"day,hour": "2,1,5,3,4", "day": "5,2,1,4,3", "hour": "2,1,3,4,5", "": "5,4,3,2,1"}
+    ordered = {"day,hour": "2,1,5,3,4", "hour": "2,1,3,4,5", "": "5,4,3,2,1"}
     for order, expected in ordered.items():
         assert make(tables, "--history", "1", "--length", "5", "--order", order)[1]["pretrain"] == [expected]
 
@@ -345,6 +397,7 @@ USERS = ROWS | {"users.csv": "user_id,age\na,1\nb,2\n"}
         (ROWS | {"b.csv": table([("a", "x", "2024-01-01")])}, ["--task", "b=b.csv"], "one is ordered by dates"),
         (ROWS, ["--min_rows", "11"], "no user is left"),
         (ROWS, ["--where", "timestamp > 99"], "no user is left"),
+        ({"rows.csv": table([("a", *"x7")] * 9)}, [], "or none before the cut: see --min_rows, --history, --order"),
         (ROWS, ["--length", "9999"], "a line of a task file holds 10,000 tokens"),
         (ROWS, ["--history", "1.5"], "--history 1.5 makes no sense"),
     ],
