@@ -31,7 +31,8 @@ class Hyperparameters:
     items: Annotated[int, Range(3)] = 3308  # in the catalogue
     targets: Annotated[int, Range(3)] = 3000  # of each later task
     length: Length = 50  # of the sequences in the file; the model reads one less in task 1, one more in later ones
-    batch_size: Count = 32  # sequences a step
+    batch_size: Count = 32  # examples a step
+    per_user: Count = 1  # examples of one user in a batch, which later tasks encode once
     channels: Width = 256  # width of the embedding and of every layer
     dilations: Dilations = (1, 4, 1, 4, 1, 4, 1, 4)  # one residual block each
     kernel_size: KernelSize = 3  # taps of every convolution
@@ -63,12 +64,13 @@ def make_model(hp: Hyperparameters, network: type[NextItNet] = NextItNet) -> Nex
 def make_loss(hp: Hyperparameters) -> losses.Loss:
     if hp.task == 1:
         return losses.NextItemLoss(samplers.LogUniformSampler(hp.items, hp.negative_fraction), None)
-    return losses.PairLoss(losses.bpr, samplers.TargetSampler(samplers.uniform_probabilities(hp.targets)), 0.02)
+    return losses.TargetLoss(0.02)
 
 
 def random_batch(hp: Hyperparameters, time: int) -> tuple[Tensor, Tensor]:
     """Inputs (B, time) and targets (B,); a step's time does not depend on what they hold."""
-    inputs = torch.randint(1, hp.items, (hp.batch_size, time))
+    users = torch.randint(1, hp.items, (hp.batch_size, time))
+    inputs = users[torch.arange(hp.batch_size) // hp.per_user]
     return inputs, torch.randint(1, hp.items if hp.task == 1 else hp.targets, (hp.batch_size,))
 
 
@@ -87,7 +89,7 @@ def stepper(
 
 
 def operations(hp: Hyperparameters, time: int) -> float:
-    """FLOPs of one step's matrix products: the convolutions' and, for task 1, the softmax's."""
+    """FLOPs of one step's matrix products: the convolutions' and the softmax's."""
     outputs, products = Grid(1, 0) if hp.task > 1 else Grid(time, 1), 0
     for dilation in (factor * dilation for dilation in reversed(hp.dilations) for factor in (2, 1)):
         inputs, geometry = read_by(outputs, dilation, hp.kernel_size, time)
@@ -97,10 +99,11 @@ def operations(hp: Hyperparameters, time: int) -> float:
         outputs = inputs
     if hp.task > 1:
         products -= pairs  # the embedding is frozen
-    total = 2 * products * hp.batch_size * hp.channels**2
-    if hp.task == 1:
-        total += 3 * 2 * hp.batch_size * time * hp.channels * max(1, int(hp.items * hp.negative_fraction))
-    return total
+    rows, states, scored = hp.batch_size, hp.batch_size * time, max(1, int(hp.items * hp.negative_fraction))
+    if hp.task > 1:
+        rows = states = -(-hp.batch_size // hp.per_user)
+        scored = hp.targets
+    return 2 * products * rows * hp.channels**2 + 3 * 2 * states * hp.channels * scored
 
 
 def megabytes(module: torch.nn.Module) -> float:
@@ -145,11 +148,12 @@ def main(hp: Hyperparameters) -> None:
     after = bench.matmul_gflops(precision)
     rates = {name: max(before[name], after[name]) for name in before}
     gflops = operations(hp, time) / seconds["ours"] / 1e9
-    varied = ("task", "items", "length", "batch_size", "channels", "negative_fraction", "precision", "compile")
+    varied = ("task", "items", "length", "batch_size", "per_user", "channels", "negative_fraction", "precision")
     bench.report(
         "train_step",
         hp.output,
         **{name: getattr(hp, name) for name in varied},
+        compile=hp.compile,
         seconds_per_step=seconds["ours"],
         gflops=gflops,
         share_of_matmul_peak=gflops / max(rates.values()),
