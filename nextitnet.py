@@ -152,9 +152,9 @@ class Dropout(nn.Module):
         """0 or 1 / (1 - p) for each element of x; they follow from torch's seed."""
         source = np.random.Generator(np.random.SFC64(int(torch.randint(1 << 62, ()))))
         words = source.integers(1 << 64, size=-(-x.numel() // 4), dtype=np.uint64)
-        numbers = torch.from_numpy(words.view(np.int16)[: x.numel()]).view(x.shape)  # from -LEVELS / 2 on
         dropped = min(round(self.p * self.LEVELS), self.LEVELS - 1)
-        return (numbers >= dropped - self.LEVELS // 2).to(x.dtype).div_(1 - self.p)
+        kept = words.view(np.int16)[: x.numel()] >= dropped - self.LEVELS // 2  # numbers from -LEVELS / 2 on
+        return torch.from_numpy(np.multiply(kept, np.float32(1 / (1 - self.p)))).view(x.shape).to(x.dtype)
 
 
 class ResidualBlock(nn.Module):
