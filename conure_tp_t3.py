@@ -21,7 +21,7 @@ class Hyperparameters(Running):
     data_path: str = "Data/Session/original_desen_finetune_like_nouserID.csv"  # a user a line: item,…,,target,…
     seed: Seed = 10  # of initial weights, shuffling, negative sampling and dropout
     batch_size: Count = 512  # examples a step
-    group_by_user: bool = ours(True, original=False)  # keep a user's examples in one batch, which encodes the user once
+    group_by_user: bool = ours(True, original=False)  # a user's examples follow each other: a step encodes a user once
     epochs: Count = 80  # passes over the training part
     learning_rate: Positive = 1e-4  # of Adam
     table_rate: Positive = 1.0  # learning-rate multiplier of the head

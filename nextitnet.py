@@ -133,7 +133,7 @@ class CausalConv(OwnedWeight):
 
 
 class Dropout(nn.Module):
-    """As torch.nn.Dropout, whose masks take a fifth of a training step on a CPU: it draws them element by element."""
+    """As torch.nn.Dropout, which draws its masks element by element, slowly on a CPU."""
 
     LEVELS = 1 << 16  # of a random number of 16 bits; probabilities are exact to 1 / LEVELS
 

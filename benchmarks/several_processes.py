@@ -1,4 +1,4 @@
-"""What several processes bring a step of task 1: `python -m benchmarks.several_processes --items 33080`.
+"""How long a step of task 1 takes in several processes: `python -m benchmarks.several_processes --items 33080`.
 
 Processes of one thread each, which give each other the rows of the tables that the batch touched, or whole tables,
 are interleaved with one process of as many threads. Where there are GPUs, each has one.
@@ -35,7 +35,7 @@ class Hyperparameters:
     output: str = ""  # a .csv file to add the line to; empty: it is only printed
 
 
-def megabytes_given(step: Callable[[], None]) -> float:
+def megabytes_exchanged(step: Callable[[], None]) -> float:
     """How much this process hands to all_reduce in a step."""
     sizes, all_reduce = [], dist.all_reduce
 
@@ -93,7 +93,7 @@ def main(hp: Hyperparameters) -> int:
         torch.manual_seed(10)  # the same model and batch in every process
         make_deterministic(bench.device())
         steps = steppers(hp)
-        given = {f"{name}_mb": megabytes_given(steps[name]) for name in ("by_rows", "whole")}
+        given = {f"{name}_mb": megabytes_exchanged(steps[name]) for name in ("by_rows", "whole")}
         seconds = bench.interleaved(steps, hp.steps)
         del seconds["uncounted"]
         if processes.is_main():
@@ -102,7 +102,7 @@ def main(hp: Hyperparameters) -> int:
                 hp.output,
                 **{name: getattr(hp, name) for name in ("items", "batch_size", "channels", "processes")},
                 **{f"{name}_seconds": each for name, each in seconds.items()},
-                times_alone=seconds["alone"] / seconds["by_rows"],
+                speedup=seconds["alone"] / seconds["by_rows"],
                 **given,
                 peak_rss_mb=bench.peak_rss_mb(),
             )

@@ -68,7 +68,7 @@ def make_loss(hp: Hyperparameters) -> losses.Loss:
 
 
 def random_batch(hp: Hyperparameters, time: int) -> tuple[Tensor, Tensor]:
-    """Inputs (B, time) and targets (B,); a step's time does not depend on what they hold."""
+    """Inputs (B, time) and targets (B,), random but for equal rows of a user."""
     users = torch.randint(1, hp.items, (hp.batch_size, time))
     inputs = users[torch.arange(hp.batch_size) // hp.per_user]
     return inputs, torch.randint(1, hp.items if hp.task == 1 else hp.targets, (hp.batch_size,))

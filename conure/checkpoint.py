@@ -166,8 +166,11 @@ def load(path: str) -> tuple[dict[str, Any], str]:
 
 
 def refuse_other(path: str, there: dict[str, str], identity: dict[str, str], remedy: str) -> None:
-    """InputError, naming the fields, if the identity of the file at `path` is `there` and not `identity`."""
-    differing = [name for name in identity if there.get(name) != identity[name]]
+    """InputError, naming the fields, if the identity of the file at `path` is `there` and not `identity`.
+
+    What is still `auto` in `identity` differs from nothing.
+    """
+    differing = [name for name in identity if identity[name] not in (there.get(name), "auto")]
     if differing:
         digests = ("data", "vocabulary", "checkpoint before")
         shown = (f"other {n}" if n in digests else f"{n} {there.get(n)} (now {identity[n]})" for n in differing)

@@ -41,12 +41,13 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class LogSumExp(torch.autograd.Function):
-    """`LogSumExp.apply(hidden, counts, weight, bias, own, hits, dtype)`: the sum of counts[i] * logsumexp of row i.
+    """`LogSumExp.apply(hidden, counts, own, weight, bias, hits, dtype)`: the sum of counts[i] * logsumexp of row i.
 
-    Row i is hidden[i] @ weight.T + bias, the logit `own[i]` added, and column `hits[i]` left out if that is not -1.
-    hidden (N, C), counts (N,), weight (S, C), bias (S,), own (N,) and hits (N,) int64, or both None; products in
-    `dtype`, all else in float32. Gradients are made in the same pass, so that never more than `LOGITS_AT_ONCE` logits
-    exist, and none is computed twice.
+    Row i is the logit `own[i]` and hidden[i] @ weight.T + bias without column `hits[i]`, if that is not -1: so the
+    logit of a label is known better than products in bfloat16 tell, and its gradient vanishes where the model is sure.
+    hidden (N, C), counts (N,), own (N,), weight (S, C), bias (S,), hits (N,) int64; products in `dtype`, all else in
+    float32. Gradients are made in the same pass, so that never more than `LOGITS_AT_ONCE` logits exist, and none is
+    computed twice.
     """
 
     @staticmethod
@@ -54,17 +55,16 @@ class LogSumExp(torch.autograd.Function):
         ctx,
         hidden: Tensor,
         counts: Tensor,
+        own: Tensor,
         weight: Tensor,
         bias: Tensor,
-        own: Tensor | None,
-        hits: Tensor | None,
+        hits: Tensor,
         dtype: torch.dtype,
     ) -> Tensor:
         n, size = len(hidden), len(weight)
-        hidden, counts = F.pad(hidden, (0, 0, 0, -n % ROWS)), F.pad(counts, (0, -n % ROWS))
-        if own is not None:
-            own, hits = F.pad(own, (0, -n % ROWS)), F.pad(hits, (0, -n % ROWS), value=-1)
-        hidden_gradient, own_gradient = torch.empty_like(hidden), own
+        hidden = F.pad(hidden, (0, 0, 0, -n % ROWS))
+        counts, own, hits = (F.pad(each, (0, -n % ROWS)) for each in (counts, own, hits))  # added rows count nothing
+        hidden_gradient, own_gradient = torch.empty_like(hidden), torch.empty_like(own)
         # Transposed, (C, S): oneDNN takes half the time for a product whose shorter side comes first.
         weight_gradient, bias_gradient = hidden.new_zeros(hidden.shape[1], size), torch.zeros_like(bias)
         total, weight = hidden.new_zeros(()), weight.to(dtype)
@@ -72,40 +72,33 @@ class LogSumExp(torch.autograd.Function):
         for start in range(0, len(hidden), at_once):
             block = slice(start, start + at_once)
             inputs = hidden[block].to(dtype)
-            left_out = None if hits is None else hits[block]
-            parts = [softmax_of(inputs, weight, bias, left_out, columns) for columns in pieces(hidden, size)]
-            log_sums = torch.stack([log_sum for _, log_sum in parts] + ([] if own is None else [own[block]]), dim=1)
+            parts = [softmax_of(inputs, weight, bias, hits[block], columns) for columns in pieces(hidden, size)]
+            log_sums = torch.stack([own[block], *(log_sum for _, log_sum in parts)], dim=1)
             log_sum = log_sums.logsumexp(dim=1)
             total += (counts[block] * log_sum).sum()
             # What each has of the softmax over all, times the count.
-            shares = ((log_sums - log_sum[:, None]).exp() * counts[block, None]).unbind(dim=1)
-            if own is not None:
-                own_gradient[block] = shares[-1]
+            own_gradient[block], *shares = ((log_sums - log_sum[:, None]).exp() * counts[block, None]).unbind(dim=1)
             hidden_gradient[block] = 0.0
             for columns, (within, _), share in zip(pieces(hidden, size), parts, shares):
                 scaled = (hidden[block] * share[:, None]).to(dtype)
                 bias_gradient[columns] += share.to(dtype) @ within
                 hidden_gradient[block] += product(within, weight[columns].t()) * share[:, None]
                 weight_gradient[:, columns] += product(scaled.t(), within.t())
-        own_gradient = None if own is None else own_gradient[:n]
-        ctx.save_for_backward(hidden_gradient[:n], weight_gradient.t(), bias_gradient, own_gradient)
+        ctx.save_for_backward(hidden_gradient[:n], own_gradient[:n], weight_gradient.t(), bias_gradient)
         return total
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        hidden, weight, bias, own = (each if each is None else each.mul_(gradient) for each in ctx.saved_tensors)
-        return hidden, None, weight, bias, own, None, None
+        hidden, own, weight, bias = (each.mul_(gradient) for each in ctx.saved_tensors)
+        return hidden, None, own, weight, bias, None, None
 
 
-def softmax_of(
-    inputs: Tensor, weight: Tensor, bias: Tensor, hits: Tensor | None, columns: slice
-) -> tuple[Tensor, Tensor]:
+def softmax_of(inputs: Tensor, weight: Tensor, bias: Tensor, hits: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     """The softmax over some columns of inputs @ weight.T + bias, in the dtype of `inputs`, and its log sums (N,)."""
     logits = product(inputs, weight[columns]) + bias[columns]
-    if hits is not None:
-        hits = (hits - columns.start)[:, None]
-        nearest = hits.clamp(0, logits.shape[1] - 1)
-        logits.scatter_(1, nearest, torch.where(hits == nearest, EXCLUDED, logits.gather(1, nearest)))
+    hits = (hits - columns.start)[:, None]
+    nearest = hits.clamp(0, logits.shape[1] - 1)
+    logits.scatter_(1, nearest, torch.where(hits == nearest, EXCLUDED, logits.gather(1, nearest)))
     highest = logits.amax(dim=1)
     within = torch.softmax(logits, dim=1, out=logits)
     return within.to(inputs.dtype), highest - within.amax(dim=1).log()  # the highest logit's probability is 1 / sum
@@ -127,21 +120,24 @@ def sampled_softmax(
     places = torch.full((len(head.weight),), -1, device=ids.device)
     places[negatives] = torch.arange(len(negatives), device=ids.device)
     counts = torch.ones_like(own)
-    return LogSumExp.apply(hidden, counts, weight, bias, own, places[labels], matmul_dtype(hidden)) - own.sum()
+    return LogSumExp.apply(hidden, counts, own, weight, bias, places[labels], matmul_dtype(hidden)) - own.sum()
 
 
 def full_softmax(hidden: Tensor, row_of: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The summed cross entropy of `labels` (N,) among all rows of `weight` (n, C), `bias` (n,).
 
-    Given `hidden` (R, C), of which label i has row `row_of[i]`. In the blocks of LogSumExp, which on 2 cores take
-    0.61 s for 1,568 rows and 33,080 items; F.linear_cross_entropy takes 0.70 s with all logits in memory and 2.5 s in
-    chunks.
+    Label i belongs to hidden[row_of[i]], of `hidden` (R, C); `row_of` (N,) comes on the CPU. In the blocks of
+    LogSumExp, which on 2 cores take 0.61 s for 1,568 rows and 33,080 items; F.linear_cross_entropy takes 0.70 s with
+    all logits in memory and 2.5 s in chunks.
     """
     if bias is None:
         bias = weight.new_zeros(len(weight))
-    own = (rows(hidden, row_of) * rows(weight, labels)).sum(dim=1) + entries(bias, labels)
-    counts = row_of.bincount(minlength=len(hidden)).to(own.dtype)
-    return LogSumExp.apply(hidden, counts, weight, bias, None, None, matmul_dtype(hidden)) - own.sum()
+    counts = row_of.bincount(minlength=len(hidden))
+    first = row_of.argsort(stable=True)[(counts.cumsum(0) - counts).clamp(max=len(row_of) - 1)]  # label of each row
+    counts, first, row_of = (to_device(each, hidden.device) for each in (counts.float(), first, row_of))
+    logits = (rows(hidden, row_of) * rows(weight, labels)).sum(dim=1) + entries(bias, labels)
+    own, hits = entries(logits, first), labels[first]
+    return LogSumExp.apply(hidden, counts, own, weight, bias, hits, matmul_dtype(hidden)) - logits.sum()
 
 
 def bpr(positive: Tensor, negative: Tensor) -> Tensor:
@@ -187,7 +183,7 @@ class NextItemLoss:
             counts = [self.sampler.expected_count(ids, draws) for ids in (labels, negatives)]
             labels, negatives, *counts = (to_device(tensor, device) for tensor in (labels, negatives, *counts))
             return sampled_softmax(hidden, labels, model.head(1), negatives, *counts) / total
-        head, row_of = model.head(1), torch.arange(len(labels), device=device)
+        head, row_of = model.head(1), torch.arange(len(labels))
         return full_softmax(hidden, row_of, to_device(labels, device), head.weight, head.bias) / total
 
 
@@ -213,7 +209,7 @@ class TargetLoss:
         head, ids = model.head(stage.task), self.ids(targets, generator)
         inputs, row_of = shard.of(inputs).unique(dim=0, return_inverse=True)  # each row is encoded once
         inputs = F.pad(inputs, (0, 0, 0, -len(inputs) % ENCODED_ROWS))
-        inputs, row_of, ids = (to_device(tensor, head.weight.device) for tensor in (inputs, row_of, shard.of(ids)))
+        inputs, ids = (to_device(tensor, head.weight.device) for tensor in (inputs, shard.of(ids)))
         users = model.user_representation(inputs, stage)  # (R, C)
         return self.summed(users, row_of, ids, head) / len(targets) + self.penalty(model, stage.task) / shard.count
 
@@ -228,7 +224,7 @@ class TargetLoss:
         return targets
 
     def summed(self, users: Tensor, row_of: Tensor, ids: Tensor, head: nn.Linear) -> Tensor:
-        """The loss of all examples, of which example i has row `row_of[i]` of `users` (R, C)."""
+        """The loss of all examples, of which example i is of users[row_of[i]]; `users` (R, C), `row_of` on the CPU."""
         return full_softmax(users, row_of, ids - 1, head.weight[1:], None if head.bias is None else head.bias[1:])
 
 
@@ -244,7 +240,8 @@ class PairLoss(TargetLoss):
         return torch.stack([targets, self.sampler.draw(targets, generator)], dim=1)
 
     def summed(self, users: Tensor, row_of: Tensor, ids: Tensor, head: nn.Linear) -> Tensor:
-        scores = (rows(head.weight, ids) * rows(users, row_of)[:, None]).sum(dim=2)  # (B, 2)
+        own = rows(users, to_device(row_of, users.device))
+        scores = (rows(head.weight, ids) * own[:, None]).sum(dim=2)  # (B, 2)
         if head.bias is not None:
             scores = scores + entries(head.bias, ids)
         return self.compare(*scores.unbind(1)).sum()

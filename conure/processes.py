@@ -1,6 +1,6 @@
 """One process, or several that torchrun started: who computes what, who writes, and how they add up.
 
-Every process reads the same data and draws the same numbers; each computes its share of every batch.
+Every process reads the same data and draws the same batches and negatives; each computes its share of every batch.
 """
 
 import contextlib
@@ -65,6 +65,14 @@ def total(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+@torch.no_grad()
+def copy_from_main(tensors: Sequence[Tensor]) -> None:
+    """Gives every process the first one's values, as unlike machines may draw others from the same seed."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:

@@ -24,8 +24,8 @@ COLUMNS = ("state", "task", "split", "epoch", "n", "seconds")  # of results.csv,
 SCORES = ("mrr", "hr", "ndcg", "accuracy")  # how the names of scores begin
 
 
-def announce(hp: Any, data: TaskData, model: nn.Module, trained: int, device: torch.device) -> None:
-    """Prints settings, data, parameter counts, device and versions."""
+def announce(hp: Any, data: TaskData, model: nn.Module, trained: int, device: torch.device, precision: str) -> None:
+    """Prints settings, data, parameter counts, device with precision, and versions."""
     for name, value in vars(hp).items():
         print(f"  {name:20} {printable(value)}")
     print("data:", "\n  ".join(data.describe()))
@@ -34,7 +34,7 @@ def announce(hp: Any, data: TaskData, model: nn.Module, trained: int, device: to
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     count = processes.own_shard().count
     several = f"; {count} processes" if count > 1 else ""
-    print(f"device: {device.type}{threads}; {hp.precision}{several}")
+    print(f"device: {device.type}{threads}; {precision}{several}")
     print("versions:", ", ".join(" ".join(version) for version in checkpoint.versions().items()))
 
 

@@ -79,6 +79,11 @@ FORMS = {
 }
 
 
+def ours(value: Any, original: Any) -> Any:
+    """A field of a block whose value is not the original's; `--as_original` sets it to that."""
+    return dataclasses.field(default=value, metadata={"original": original})
+
+
 @dataclasses.dataclass
 class Running:
     """How a script of the chain runs, whatever it learns; the blocks of all eight inherit this."""
@@ -86,16 +91,11 @@ class Running:
     index_path: str = "Data/Session/index.csv"  # ids of the items: conure_tp_t1.py writes it, the others read it
     checkpoint_dir: str = "checkpoints"  # checkpoints and results.csv, read and written
     device: Device = "auto"  # auto: cuda if there is a GPU
-    precision: Precision = "auto"  # of products in training; auto: bfloat16 if the hardware multiplies it, else float32
-    compile: bool = False  # use torch.compile; the first steps take minutes
+    precision: Precision = ours("auto", original="float32")  # of products in training; auto: bfloat16 where native
+    compile: bool = False  # use torch.compile; the first steps take half a minute or more
     eval_every: Interval = 0  # steps between evaluations on validation; 0: once an epoch
     snapshot_minutes: NonNegative = 10  # between snapshots, from which an interrupted run resumes; 0: at evaluations
     overwrite: bool = False  # redo a stage that is finished, or was begun with other settings
-
-
-def ours(value: Any, original: Any) -> Any:
-    """A field of a block whose value is not the original's; `--as_original` sets it to that."""
-    return dataclasses.field(default=value, metadata={"original": original})
 
 
 def of_script(name: str, **changes: Any) -> Any:

@@ -68,7 +68,7 @@ class Snapshot:
             checkpoint.save(self.path, content | {"state": state.state_dict()})
 
     def resume(self, state: TrainingState, device: torch.device) -> bool:
-        """Sets `state` to what the file holds; False if there is none, or if the stage is to be started over.
+        """Sets `state` and `identity` to what the file holds; False if there is none, or if the stage starts over.
 
         InputError if the file is damaged, or was made with other settings, data or another model.
         """
@@ -79,6 +79,7 @@ class Snapshot:
         if found != [tuple(parameter.shape) for parameter in state.trained]:  # another device chose another head
             raise InputError(f"{self.path} is of another model than this run trains: --overwrite starts the stage over")
         state.load_state_dict(content["state"])
+        self.identity.update(content["identity"])  # what `auto` meant
         print(f"resuming from {self.path}: step {state.step}, epoch {state.epoch:g}")
         if content["device"] != device.type:
             print(

@@ -49,7 +49,7 @@ def count_trained(model: NextItNet, stage: Stage, trained: list[nn.Parameter]) -
 
 
 def shuffled_examples(data: TaskData, random: np.random.Generator, by_user: bool) -> np.ndarray:
-    """The training examples in random order; with `by_user` users are, and the examples of each stay together."""
+    """The training examples in random order; with `by_user` users in random order, and each one's examples together."""
     shuffled = random.permutation(data.splits["train"])
     if not by_user:
         return shuffled
@@ -78,7 +78,6 @@ class Run:
         print(f"task {stage.task}, {stage.mode}")
         self.hp, self.stage, self.data, self.metric = hp, stage, data, metric
         self.device = pick_device(hp.device)
-        hp.precision = pick_precision(hp.precision, self.device)  # before it becomes part of the stage's identity
         self.files = files(hp, stage, data)
         with self.files.closed_on_failure():
             make_deterministic(self.device)
@@ -94,8 +93,11 @@ class Run:
             self.results = Results(os.path.join(hp.checkpoint_dir, "results.csv"), stage)
             self.state = TrainingState(trained, optimiser, self.results.own)
             self.stop = StopRequest()
-            announce(hp, data, self.model, count, self.device)
             resumed = self.files.snapshot.resume(self.state, self.device)
+            identity = self.files.identity
+            identity["precision"] = pick_precision(identity["precision"], self.device)  # a resumed run keeps its own
+            announce(hp, data, self.model, count, self.device, identity["precision"])
+            processes.copy_from_main(trained)
             processes.wait()  # until all have read what the first one is about to remove or to write over
             if not resumed:
                 self.files.snapshot.remove()
@@ -153,14 +155,15 @@ class Run:
         """What gives this process's share of a batch's loss."""
         if self.hp.compile and can_compile(self.device):
             self.model.compiled = torch.compile(self.model.states)
-        return Objective(loss, self.model, self.stage, generator, getattr(torch, self.hp.precision))
+        precision = getattr(torch, self.files.identity["precision"])
+        return Objective(loss, self.model, self.stage, generator, precision)
 
     def batches(self, steps_per_epoch: int) -> Iterator[np.ndarray]:
         """Every training example once an epoch, from the present step on; the order follows from seed and epoch."""
         size, (epoch, position) = self.hp.batch_size, divmod(self.state.step, steps_per_epoch)
+        by_user = getattr(self.hp, "group_by_user", False)  # task 1 has no such setting: its rows are its examples
         for number in range(epoch, self.hp.epochs):
             random = np.random.default_rng((self.hp.seed, number))
-            by_user = getattr(self.hp, "group_by_user", False)  # in task 1 a row is one example
             shuffled = shuffled_examples(self.data, random, by_user)
             for start in range(position * size, len(shuffled), size):
                 yield shuffled[start : start + size]

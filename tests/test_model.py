@@ -212,6 +212,19 @@ def test_bfloat16_products_are_near_those_of_float32(negative_fraction):
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-3, atol=0)
 
 
+def test_bfloat16_gradients_vanish_where_the_model_is_sure():
+    torch.manual_seed(1)
+    weight, labels = torch.randn(50, 32), torch.randint(50, (64,))
+    found = []
+    for precision in (torch.float32, torch.bfloat16):
+        hidden = (weight[labels] / 2).requires_grad_()
+        with torch.autocast("cpu", precision, enabled=precision == torch.bfloat16):
+            loss = losses.full_softmax(hidden, torch.arange(64), labels, weight)
+        found.append([loss / 64, *torch.autograd.grad(loss, hidden)])
+    (loss, exact), (_, near) = found
+    assert loss < 0.1 and (near - exact).norm() < 0.02 * exact.norm()
+
+
 def test_full_softmax_and_ignored_labels():
     model, ids = small_model(), torch.randint(1, 50, (4, 12))
     ids[:, :6] = 7  # padding

@@ -118,6 +118,8 @@ def test_what_auto_means_for_the_precision_is_recorded_and_another_is_refused(
     other = "float32" if auto == "bfloat16" else "bfloat16"
     assert f"was made with precision {auto} (now {other})" in refused(run_here(*command, "--precision", other))
     assert "is finished" in run_here(*command, "--precision", auto)[1]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": not cpu})
+    assert "is finished" in run_here(*command)[1], "auto takes what is there, on other hardware too"
 
 
 def test_a_killed_overwriting_goes_on_when_it_is_started_again(killed, tmp_path, run_here):
@@ -131,16 +133,19 @@ def test_a_killed_overwriting_goes_on_when_it_is_started_again(killed, tmp_path,
     assert code == 0 and "resuming from" in output and "epoch=40 " in output
 
 
-def test_a_run_resumed_on_another_device_goes_on_with_that_ones_numbers(killed, tmp_path, run_here):
-    """The device that the snapshot records is replaced, as if it had been made on a GPU."""
+def test_a_run_resumed_on_another_device_goes_on_with_that_ones_numbers(killed, tmp_path, run_here, monkeypatch):
+    """The device that the snapshot records is replaced, as if it had been made on a GPU. Its precision stays."""
     folder = Path(shutil.copytree(killed, tmp_path / "copy"))
     path = str(folder / "checkpoints" / "tp_t1.snapshot.pt")
     content, _ = checkpoint.load_file(path, "")
     content["device"], content["identity"]["epochs"] = "cuda", "1"
     checkpoint.save(path, content)
+    before = content["identity"]["precision"]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": before == "float32"})
     code, output, error = run_here("conure_tp_t1.py", *flags(folder, 1), *SMALL, "--epochs", "1")
     assert code == 0, error
     assert "it was made on cuda; cpu uses different dropout masks and rounding: the result is as good" in output
+    assert f"; {before}\nversions" in output
 
 
 def test_a_run_resumed_within_an_epoch_has_the_bits_of_an_untouched_one(demo, tmp_path, run_here, monkeypatch):
