@@ -5,19 +5,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from math import log, sqrt
 from pathlib import Path
 
 from conure import checkpoint
 
+import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, run_python
+from conftest import FILES, ROOT, run_python
 from test_scripts import refused
 
+import data_loader
 import pruning
 from tools import baselines
+from tools.comparisons import counting
 
 SMALL = ["--first_epochs", "3", "--epochs", "2", "--channels", "8", "--dilations", "1", "--device", "cpu"]
 
@@ -34,7 +38,7 @@ def compared(demo, tmp_path_factory) -> tuple[list[str], pd.DataFrame, str]:
 def test_every_method_is_compared_on_every_task(compared):
     _, table, printed = compared
     counts = table.groupby("method")["task"].agg(["count", "nunique"])
-    assert set(counts.index) == {*baselines.METHODS, "popular"}
+    assert set(counts.index) == {*baselines.METHODS, "popular", "counting"}
     assert (counts["count"] == 2 * counts["nunique"]).all(), "two seeds"
     assert counts["nunique"].to_dict() == dict.fromkeys(counts.index, 4) | {"no_task_2": 2}
     for method in counts.index:
@@ -87,6 +91,103 @@ def test_one_method_alone(demo, tmp_path):
     run_python("-m", "tools.baselines", *flags, "--only", "FineHead")
     assert {path.parent.name for path in tmp_path.rglob("*.pt")} == {"SinMo", "FineHead"}
     assert set(pd.read_csv(tmp_path / "baselines_FineHead.csv")["method"]) == {"FineHead"}
+
+
+@pytest.fixture
+def tiny(tmp_path) -> tuple[data_loader.TaskData, data_loader.TaskData]:
+    """Data of task 1 and of a later task, with padding, repeats and an unknown item."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "1.csv").write_text("0,0,a,b,c\na,b,c,a,b\n0,c,b,a,c\nb,a,c,a,b\n0,0,0,b,a\na,a,b,c,c\n")
+    (folder / "2.csv").write_text("0,a,b,b,,x,y,z\na,b,c,new,,x\n0,0,c,a,,y,z,x\n0,0,0,b,,z\n0,c,b,c,,y,x\n")
+    first = data_loader.load_sequences(str(folder / "1.csv"), 0.4)
+    return first, data_loader.load_examples(str(folder / "2.csv"), 0.3, first.items)
+
+
+def real_items(data: data_loader.TaskData, row: int) -> list[int]:
+    return [item for item in data.rows[row].tolist() if item not in (0, data.padding_id)]
+
+
+def training_examples(data: data_loader.TaskData) -> list[tuple[int, int]]:
+    return [(int(data.users[example]), int(data.targets[example])) for example in data.splits["train"]]
+
+
+def check_scores(scorer: counting.Scorer, data: data_loader.TaskData, score: Callable[[int, int], float]) -> None:
+    """`score(row, target)` is what the scorer gives, for all rows and all targets but <UNK>."""
+    targets = range(1, len(data.target_vocabulary))
+    expected = [[score(row, target) for target in targets] for row in range(len(data.rows))]
+    assert np.ptp(expected) > 0
+    for row, scores in enumerate(expected):
+        assert scorer(row)[1:] == pytest.approx(scores, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("places", [10, 2])
+def test_a_markov_chain_counts_what_follows(tiny, monkeypatch, places):
+    data, _ = tiny
+    monkeypatch.setattr(counting, "PLACES", places)
+    follows = np.zeros((len(data.items), len(data.items)))
+    for row, target in training_examples(data):
+        items = [*real_items(data, row), target]
+        for j in range(len(items)):
+            for i in range(max(0, j - places), j):
+                follows[items[i], items[j]] += 1 / (j - i)
+
+    def score(row: int, target: int) -> float:
+        last = list(enumerate(reversed(real_items(data, row)), start=1))[:places]
+        return sum(follows[i, target] / follows[i].sum() / k for k, i in last if follows[i].any())
+
+    check_scores(counting.markov(data), data, score)
+
+
+def test_a_cosine_leaves_out_the_examples_of_the_row(tiny):
+    _, data = tiny
+    train = training_examples(data)
+
+    def count(item: int | None, target: int | None, but: int | None = None) -> int:
+        return sum(
+            item in (None, *real_items(data, row)) and target in (None, own) and row != but for row, own in train
+        )
+
+    def score(row: int, target: int) -> float:
+        items = {item for item in real_items(data, row) if count(item, target)}
+        return sum(count(i, target, row) / sqrt(count(i, None) * count(None, target)) for i in items)
+
+    check_scores(counting.cosine(data), data, score)
+
+
+def test_naive_bayes_smooths_what_it_counts(tiny):
+    _, data = tiny
+    train = training_examples(data)
+
+    def score(row: int, target: int) -> float:
+        seen = [item for other, own in train if own == target for item in set(real_items(data, other))]
+        kinds = len(data.items) - 2  # neither <UNK> nor padding
+        likelihoods = [(seen.count(item) + 1) / (len(seen) + kinds) for item in set(real_items(data, row))]
+        return log(sum(own == target for _, own in train) + 1) + sum(map(log, likelihoods))
+
+    check_scores(counting.naive_bayes(data), data, score)
+
+
+def test_counting_ranks_each_target_by_the_scores_of_its_row(tiny, monkeypatch):
+    _, data = tiny
+    scores = {row: np.array([9.0, *np.roll([3.0, 2.0, 1.0], row)]) for row in range(len(data.rows))}
+    examples = np.arange(len(data.targets))
+    own = [scores[row][target] for row, target in zip(data.users, data.targets)]
+    expected = [4 - int(score) for score in own]
+    for at_once in (1 << 26, 8):
+        monkeypatch.setattr(counting.metrics, "SCORES_AT_ONCE", at_once)
+        assert counting.ranks(scores.__getitem__, data, examples).tolist() == expected
+
+
+def test_data_too_large_for_counting_is_left_out(demo, tmp_path, run_here, monkeypatch):
+    flags = ["--data_dir", str(demo / "Data"), "--output_dir", str(tmp_path), "--seeds", "1", "--only", "counting"]
+    monkeypatch.setattr(counting, "MAX_PAIRS", 0)
+    assert refused(run_here("tools.baselines", *flags)) == "error: every task was left out\n"
+    first = data_loader.load_sequences(str(demo / "Data" / FILES[1]), 0.2)
+    monkeypatch.setattr(counting, "MAX_PAIRS", len(first.splits["train"]) * first.rows.shape[1] * 10 - 1)
+    code, output, _ = run_here("tools.baselines", *flags)
+    assert code == 0 and f"task 1 is left out: {first.path}: too large for `counting`" in output
+    assert set(pd.read_csv(tmp_path / "baselines_counting.csv")["task"]) == {2, 3, 4}
 
 
 @pytest.fixture
