@@ -9,9 +9,10 @@ NEXT   python conure_tp_t2.py
 from dataclasses import dataclass
 
 from conure import launch, losses, training
-from conure.settings import Below1, Count, Positive, Running, Seed, Share, UpTo1, ours
+from conure.settings import Below1, Count, Positive, Running, Seed, Share, SplitSeed, UpTo1, ours
 
 import data_loader
+from data_loader import Split
 from pruning import Stage
 
 
@@ -28,14 +29,15 @@ class Hyperparameters(Running):
     negative_fraction: UpTo1 = 0.2  # share of the items drawn as negatives at each step; 1: full softmax
     padding_in_loss: bool = ours(False, original=True)  # predict padding too
     dropout: Below1 = ours(0.3, original=0.0)  # dropout probability, of embeddings, residual blocks and last states
-    test_fraction: Share = 0.2  # share of the examples held out: half validation, half test; as in tp
+    test_fraction: Share = 0.2  # share held out: half validation, half test; as in tp
+    split_seed: SplitSeed = 10  # of which examples are held out
     top_k: Count = 5  # cut-off of MRR, HR and NDCG
     as_original: bool = False  # train as the published code does: with the value named `original` wherever there is one
 
 
 def main(hp: Hyperparameters) -> None:
     items = data_loader.read_index(hp.index_path)
-    data = data_loader.load_sequences(hp.data_path, hp.test_fraction, items)
+    data = data_loader.load_sequences(hp.data_path, Split(hp.test_fraction, hp.split_seed), items)
     run = training.Run(hp, Stage(1, "ret"), data)
     run.train(losses.next_item(hp, data))
     run.save()

@@ -8,9 +8,23 @@ NEXT   python conure_ret_t1.py
 from dataclasses import dataclass
 
 from conure import launch, losses, training
-from conure.settings import Below1, Count, Dilations, KernelSize, Positive, Running, Seed, Share, UpTo1, Width, ours
+from conure.settings import (
+    Below1,
+    Count,
+    Dilations,
+    KernelSize,
+    Positive,
+    Running,
+    Seed,
+    Share,
+    SplitSeed,
+    UpTo1,
+    Width,
+    ours,
+)
 
 import data_loader
+from data_loader import Split
 from pruning import Stage
 
 
@@ -32,13 +46,14 @@ class Hyperparameters(Running):
     padding_in_loss: bool = ours(False, original=True)  # predict padding too
     dropout: Below1 = ours(0.3, original=0.0)  # dropout probability, of embeddings, residual blocks and last states
     prune_ratio: Share = 0.7  # share of the free weights that stays free for later tasks
-    test_fraction: Share = 0.2  # share of the examples held out: half validation, half test
+    test_fraction: Share = 0.2  # share held out: half validation, half test
+    split_seed: SplitSeed = 10  # of which examples are held out
     top_k: Count = 5  # cut-off of MRR, HR and NDCG
     as_original: bool = False  # train as the published code does: with the value named `original` wherever there is one
 
 
 def main(hp: Hyperparameters) -> None:
-    data = data_loader.load_sequences(hp.data_path, hp.test_fraction)
+    data = data_loader.load_sequences(hp.data_path, Split(hp.test_fraction, hp.split_seed))
     run = training.Run(hp, Stage(1, "tp"), data)
     run.train(losses.next_item(hp, data))
     run.prune()

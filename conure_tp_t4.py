@@ -9,9 +9,10 @@ NEXT   python conure_ret_t4.py
 from dataclasses import dataclass
 
 from conure import launch, losses, training
-from conure.settings import Below1, Count, Loss, NonNegative, Positive, Running, Seed, Share, ours
+from conure.settings import Below1, Count, Loss, NonNegative, Positive, Running, Seed, Share, SplitBy, SplitSeed, ours
 
 import data_loader
+from data_loader import Split
 from pruning import Stage
 
 
@@ -31,14 +32,16 @@ class Hyperparameters(Running):
     dropout: Below1 = 0.0  # dropout probability, of embeddings, residual blocks and last states
     l2: NonNegative = 0.02  # L2 penalty on the head: l2 * sum(w^2) / 2; of an informed head, on w minus its start
     prune_ratio: Share = 0.7  # share of the free weights that stays free for later tasks
-    test_fraction: Share = 0.2  # share of the examples held out: half validation, half test
+    test_fraction: Share = 0.2  # share held out: half validation, half test
+    split_seed: SplitSeed = 10  # of which examples are held out
+    split_by: SplitBy = "example"  # hold out examples, or users, of whom training then knows nothing
     top_k: Count = 1  # a prediction is right if the class is among so many best; 1: accuracy as usual
     as_original: bool = False  # train as the published code does: with the value named `original` wherever there is one
 
 
 def main(hp: Hyperparameters) -> None:
     items = data_loader.read_index(hp.index_path)
-    data = data_loader.load_examples(hp.data_path, hp.test_fraction, items)
+    data = data_loader.load_examples(hp.data_path, Split(hp.test_fraction, hp.split_seed, hp.split_by), items)
     run = training.Run(hp, Stage(4, "tp"), data, metric="accuracy")
     run.train(losses.target(hp, data))
     run.prune()

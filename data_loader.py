@@ -10,6 +10,7 @@ import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from conure.errors import InputError
 from conure.files import whole_file
@@ -25,7 +26,14 @@ PADDING = "0"  # an ordinary token to the original: it has an id, an embedding a
 MAX_INDEX_BYTES = 1 << 28  # two hundred times what 646,000 numbers take
 MAX_TABLE = 1 << 24  # numbers below have a place in a table, of 64 MB at most
 BLOCK_IDS = 1 << 23  # 32 MB; the memory of smaller arrays may stay with the process once they are freed
-SPLIT_SEED = 10  # the original's np.random.seed before it shuffles the rows
+
+
+class Split(NamedTuple):
+    """Which examples are held out, half of them for validation, half for test."""
+
+    test_fraction: float = 0.2  # of the examples, or of the users
+    seed: int = 10  # the original's np.random.seed before it shuffles the rows
+    by: str = "example"  # or "user": whoever is held out is nowhere in training
 
 
 class Vocabulary:
@@ -205,6 +213,7 @@ class TaskData:
 
     path: str = ""
     digest: str = ""  # SHA-256 of the file
+    split: Split = field(default_factory=Split)  # that made `splits`
     rows: np.ndarray  # (U, T) int32, padded on the left
     users: np.ndarray  # (N,) int32
     targets: np.ndarray  # (N,) int32
@@ -240,7 +249,7 @@ class TaskData:
         return lines
 
 
-def load_sequences(path: str, test_fraction: float, items: Vocabulary | None = None) -> TaskData:
+def load_sequences(path: str, split: Split, items: Vocabulary | None = None) -> TaskData:
     """Task 1's data. Without `items` the vocabulary is made of the file's own tokens, held-out rows included."""
     encoded = encode(path, False, items)
     rows, items = encoded.rows, encoded.items
@@ -252,6 +261,7 @@ def load_sequences(path: str, test_fraction: float, items: Vocabulary | None = N
     return TaskData(
         path=os.path.abspath(path),
         digest=encoded.digest,
+        split=split,
         rows=rows[:, :-1],
         users=np.arange(len(rows), dtype=np.int32),
         targets=rows[:, -1],
@@ -259,14 +269,12 @@ def load_sequences(path: str, test_fraction: float, items: Vocabulary | None = N
         target_vocabulary=items,
         padding_id=items.ids.get(PADDING, -1),
         unknown_items=rows.size - np.count_nonzero(rows),
-        splits=_split(len(rows), test_fraction, path),
+        splits=_split(np.arange(len(rows)), split, path),  # by user or example: each row is one
         notes=notes,
     )
 
 
-def load_examples(
-    path: str, test_fraction: float, items: Vocabulary, target_vocabulary: Vocabulary | None = None
-) -> TaskData:
+def load_examples(path: str, split: Split, items: Vocabulary, target_vocabulary: Vocabulary | None = None) -> TaskData:
     """A later task's data. Without `target_vocabulary` it is made of the file's targets, held-out ones included."""
     encoded = encode(path, True, items, target_vocabulary)
     rows, targets = encoded.rows, encoded.targets
@@ -282,6 +290,7 @@ def load_examples(
     return TaskData(
         path=os.path.abspath(path),
         digest=encoded.digest,
+        split=split,
         rows=rows,
         users=encoded.users,
         targets=targets,
@@ -290,7 +299,7 @@ def load_examples(
         padding_id=items.ids.get(PADDING, -1),
         unknown_items=rows.size - np.count_nonzero(rows) - len(rows),
         unknown_targets=len(targets) - np.count_nonzero(targets),
-        splits=_split(len(targets), test_fraction, path),
+        splits=_split(encoded.users, split, path),
         notes=notes,
     )
 
@@ -333,14 +342,21 @@ def _has_one_item(rows: np.ndarray, items: Vocabulary, item: np.ndarray) -> bool
     return all(((rows[block] == item[block]) | (rows[block] == padding)).all() for block in blocks)
 
 
-def _split(count: int, test_fraction: float, path: str) -> dict[str, np.ndarray]:
-    """The original's split, its held-out part halved: example numbers of train, validation, test, and heldout."""
-    shuffled = np.random.RandomState(SPLIT_SEED).permutation(count)
-    held_out = int(test_fraction * count)
+def _split(users: np.ndarray, split: Split, path: str) -> dict[str, np.ndarray]:
+    """Example numbers of train, validation, test, and heldout = the last two; `users` (N,): the row of each example.
+
+    By example it is the original's split; by user the same is done to the rows, which take their examples along.
+    """
+    groups = users if split.by == "user" else np.arange(len(users))
+    count = int(groups.max()) + 1
+    held_out = int(split.test_fraction * count)
     if held_out < 2 or held_out == count:
         raise InputError(
-            f"{path}: {count} examples are too few to hold out {test_fraction:g} of them for validation and test"
+            f"{path}: {count} {split.by}s are too few to hold out {split.test_fraction:g} of them for validation and "
+            "test"
         )
-    train, heldout = np.split(shuffled, [count - held_out])
-    validation, test = np.split(heldout, [held_out // 2])
-    return {"train": train, "validation": validation, "test": test, "heldout": heldout}
+    place = np.argsort(np.random.RandomState(split.seed).permutation(count))[groups]  # of each example's group
+    order = np.argsort(place, kind="stable")
+    cuts = np.searchsorted(place[order], [count - held_out, count - held_out + held_out // 2])
+    train, validation, test = np.split(order, cuts)
+    return {"train": train, "validation": validation, "test": test, "heldout": np.concatenate([validation, test])}

@@ -43,7 +43,7 @@ def make_file(path: str, rows: int, length: int, items: int) -> None:
 def read(path: str) -> tuple[float, float, float]:
     """Seconds, bytes of the encoded rows, and peak resident bytes of this process."""
     start = time.perf_counter()
-    data = data_loader.load_sequences(path, 0.2)
+    data = data_loader.load_sequences(path, data_loader.Split(0.2))
     taken = time.perf_counter() - start
     return taken, data.rows.nbytes + data.targets.nbytes, bench.peak_rss_mb() * 1e6
 

@@ -34,7 +34,7 @@ import torch
 from nextitnet import NextItNet
 from pruning import Stage
 
-FORMAT = 4
+FORMAT = 5
 
 
 def snapshot_of(path: str) -> str:

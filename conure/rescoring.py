@@ -23,11 +23,12 @@ def load_data(task: int, content: dict[str, Any], data_dir: str) -> data_loader.
         raise InputError(f"{path}, the data of task {task}, does not exist: name its folder with --data_dir")
     if record["data_left_behind"] and not data_dir:
         print(f"the data of task {task} did not come along with the checkpoint: reading {path}")
+    split = data_loader.Split(**record["split"])
     if task == 1:
-        data = data_loader.load_sequences(path, record["test_fraction"], items)
+        data = data_loader.load_sequences(path, split, items)
     else:
         targets = data_loader.Vocabulary.from_tensor(record["targets"])
-        data = data_loader.load_examples(path, record["test_fraction"], items, targets)
+        data = data_loader.load_examples(path, split, items, targets)
     if data.digest != record["data_digest"]:
         raise InputError(f"{path} is not the file that task {task} was learned from, or has changed since")
     return data

@@ -66,6 +66,8 @@ UpTo1 = Annotated[float, Range(0, 1, "(]")]
 Below1 = Annotated[float, Range(0, 1, "[)")]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "float32", "bfloat16"]
+SplitSeed = Annotated[int, Range(0, 2**32 - 1)]
+SplitBy = Literal["example", "user"]
 Loss = Literal["softmax", "bpr", "bce"]  # of the tasks after the first
 
 # The types that these are made of, and what their values look like on the command line.

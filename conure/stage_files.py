@@ -82,11 +82,12 @@ class StageFiles:
             )
         if self.stage.mode == "ret":
             learned = self.before["tasks"][self.stage.task]
-            if (learned["data_digest"], learned["test_fraction"]) != (self.data.digest, self.hp.test_fraction):
+            if (learned["data_digest"], learned["split"]) != (self.data.digest, self.data.split._asdict()):
+                flags = zip(("test_fraction", "split_seed", "split_by"), learned["split"].values())
+                split = " ".join(f"--{name} {value}" for name, value in flags)
                 raise InputError(
-                    f"{path} was made with other data ({learned['data_path']}, test_fraction "
-                    f"{learned['test_fraction']:g}) than {self.data.path}: give the data and test_fraction that it "
-                    f"had, or, to learn the task from these, {checkpoint.rerun_advice(path)}"
+                    f"{path} was made with other data ({learned['data_path']} {split}) than {self.data.path}: give the "
+                    f"data and split that it had, or, to learn the task from these, {checkpoint.rerun_advice(path)}"
                 )
 
     def refuse_to_redo(self) -> None:
@@ -138,7 +139,7 @@ class StageFiles:
         return facts | {
             "data_path": self.data.path,
             "data_digest": self.data.digest,
-            "test_fraction": hp.test_fraction,
+            "split": self.data.split._asdict(),
             "length": self.data.rows.shape[1] + (1 if self.stage.task == 1 else -1),
             "targets": self.data.target_vocabulary.to_tensor(),
             "target_count": len(self.data.target_vocabulary),
@@ -155,9 +156,12 @@ class StageFiles:
     def next_command(self) -> str:
         task, mode = self.stage
         script = checkpoint.script_of(Stage(task, "ret") if mode == "tp" else Stage(task + 1, "tp"))
-        shared = ("checkpoint_dir", "index_path") + (("data_path", "test_fraction") if mode == "tp" else ())
+        shared = ("checkpoint_dir", "index_path")
+        if mode == "tp":
+            shared += ("data_path", "test_fraction", "split_seed", "split_by")
         if not (Path(__file__).parents[1] / script).exists():
             script, shared = "evaluate.py", shared[:1]
         default = type(self.hp)()
+        shared = (name for name in shared if hasattr(default, name))  # task 1 has no split_by
         given = {name: getattr(self.hp, name) for name in shared if getattr(self.hp, name) != getattr(default, name)}
         return " ".join([script, *(f"--{name} {shlex.quote(str(value))}" for name, value in given.items())])

@@ -196,7 +196,7 @@ def rows(folder: Path, tried: int) -> dict[str, int]:
             items = data_loader.Vocabulary()
         line_reader.CHUNK_BYTES = dice.choice((40, chunk_bytes))
         try:
-            data = data_loader.load_examples(str(path), 0.2, items)
+            data = data_loader.load_examples(str(path), data_loader.Split(0.2), items)
             read = []
             for user, row in enumerate(data.rows[:, :-1]):
                 sequence = [items.tokens[id] for id in row]
@@ -251,7 +251,7 @@ def forgetting(folder: Path, users: int) -> dict[str, int]:
         subprocess.run(script, check=True, stdout=subprocess.DEVNULL)
         content, _ = checkpoint.load(checkpoint.path_of(str(folder / "checkpoints"), Stage(task, mode)))
         model, items = checkpoint.build_model(content), data_loader.Vocabulary.from_tensor(content["items"])
-        inputs, _ = data_loader.load_examples(str(data / files[4]), 0.5, items).batch(np.arange(200))
+        inputs, _ = data_loader.load_examples(str(data / files[4]), data_loader.Split(0.5), items).batch(np.arange(200))
         for earlier in range(1, task + 1):
             with torch.no_grad():
                 scores = model.scores(inputs, Stage(earlier, "inference"))

@@ -69,7 +69,7 @@ def test_what_is_not_trained_stays(chain):
 def test_outputs_of_learned_tasks_keep_their_bits(chain):
     folder, _ = chain
     items = data_loader.read_index(str(folder / "Data" / "index.csv"))
-    data = data_loader.load_examples(str(folder / "Data" / FILES[2]), 0.2, items)
+    data = data_loader.load_examples(str(folder / "Data" / FILES[2]), data_loader.Split(0.2), items)
     inputs, _ = data.batch(data.splits["heldout"][:200])
     learned = {}
     for task, mode in STAGES:
@@ -305,7 +305,7 @@ def test_a_head_starts_as_task_1s_only_if_its_targets_are_the_same_things(chain_
     assert f"head: {len(tokens)} of {len(tokens)} targets have the token of an item" in output
     model = load(folder, 2, "tp")["model"]
     items = data_loader.read_index(str(folder / "Data" / "index.csv"))
-    data = data_loader.load_examples(str(folder / "Data" / FILES[2]), 0.2, items)
+    data = data_loader.load_examples(str(folder / "Data" / FILES[2]), data_loader.Split(0.2), items)
     ids = torch.from_numpy(items.look_up(data.target_vocabulary.tokens)).long()
     assert torch.equal(model["heads.2.weight"][1:], model["heads.1.weight"][ids][1:]) == same_things
     assert ("heads.2.bias" in model) != same_things

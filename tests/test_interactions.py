@@ -315,7 +315,9 @@ def test_very_many_targets_take_several_lines_that_the_scripts_can_read(make):
     flags = ["--task", "click=later", "--history", "0.001", "--length", "20"]
     _, files = make({"rows.csv": table(days("ab", 12_000))}, *flags)
     assert files["users_click"] == ["a", "a", "b", "b"]
-    data = data_loader.load_examples(f"out/{file_of('click')}", 0.2, data_loader.Vocabulary(["<UNK>", "0"]))
+    data = data_loader.load_examples(
+        f"out/{file_of('click')}", data_loader.Split(0.2), data_loader.Vocabulary(["<UNK>", "0"])
+    )
     assert len(data.targets) == 2 * (12_000 - 12)
 
 
@@ -462,8 +464,8 @@ def test_a_command_of_the_readme_makes_files_that_the_scripts_can_read(tmp_path,
     code, _, error = run_here(*shlex.split(command)[2:])
     assert code == 0, error
     names = re.findall(r"(\w+)=", " ".join(re.findall(r'--task "(\w+=)', command)))
-    items = data_loader.load_sequences(f"Data/Session/{file_of('pretrain')}", 0.5).items
+    items = data_loader.load_sequences(f"Data/Session/{file_of('pretrain')}", data_loader.Split(0.5)).items
     for name in names:
-        data = data_loader.load_examples(f"Data/Session/{file_of(name)}", 0.7, items)
+        data = data_loader.load_examples(f"Data/Session/{file_of(name)}", data_loader.Split(0.7), items)
         assert len(data.rows) == len(Path(f"Data/Session/users_{name}.csv").read_text().splitlines()), name
     assert len(names) >= 1 and len(list(Path("Data/Session").iterdir())) == 2 * (1 + len(names))

@@ -130,7 +130,7 @@ def assert_learned(copy: Path, task: int) -> None:
     content, _ = checkpoint.load(str(copy / "checkpoints" / f"ret_t{task}.pt"))
     record = content["tasks"][task]
     items, targets = (data_loader.Vocabulary.from_tensor(each) for each in (content["items"], record["targets"]))
-    data = data_loader.load_examples(record["data_path"], 0.2, items, targets)
+    data = data_loader.load_examples(record["data_path"], data_loader.Split(0.2), items, targets)
     assert Path(record["data_path"]).parent == copy / "Data" / "Session"
     if record["metric"] == "accuracy":
         assert len(targets) == 1 + 8

@@ -297,12 +297,12 @@ def test_task_1_stays_as_it_was_learned(recording):
 @pytest.mark.parametrize("folder", LOADERS, ids=lambda path: path.name)
 def test_ids_rows_splits_and_negative_probabilities(folder):
     expected = json.loads((folder / "expected.json").read_text())
-    first = data_loader.load_sequences(str(folder / "task1.csv"), test_fraction=0.2)
+    first = data_loader.load_sequences(str(folder / "task1.csv"), data_loader.Split(0.2))
     assert first.items.ids == expected["task1"]["item_index"]
     assert np.column_stack([first.rows[first.users], first.targets]).tolist() == expected["task1"]["sequences"]
     assert ast.literal_eval((folder / "index.csv").read_text()) == first.items.ids
 
-    second = data_loader.load_examples(str(folder / "task2.csv"), 0.2, first.items)
+    second = data_loader.load_examples(str(folder / "task2.csv"), data_loader.Split(0.2), first.items)
     assert second.target_vocabulary.ids == expected["task2"]["target_index"]
     assert np.column_stack([second.rows[second.users], second.targets]).tolist() == expected["task2"]["examples"]
     size = len(second.target_vocabulary)

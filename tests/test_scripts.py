@@ -128,6 +128,20 @@ def test_other_data_another_vocabulary_or_a_damaged_checkpoint_is_refused(run_he
     assert "tp_t2.pt is damaged or cut short" in error and "conure_tp_t2.py" in error
 
 
+def test_ret_takes_the_split_of_tp(run_here, chain_copy):
+    small = [*flags(chain_copy, 2), "--epochs", "1", "--overwrite"]
+    split = ["--split_seed", "3", "--split_by", "user"]
+    code, output, _ = run_here("conure_tp_t2.py", *small, *split)
+    assert code == 0 and output.count("--split_seed 3 --split_by user") == 1  # of what to run next
+    error = refused(run_here("conure_ret_t2.py", *small))
+    assert "--test_fraction 0.2 --split_seed 3 --split_by user) than" in error
+    assert run_here("conure_ret_t2.py", *small, *split)[0] == 0
+    for later in (chain_copy / "checkpoints").glob("*_t[34].pt"):
+        later.unlink()
+    code, output, _ = run_here("evaluate.py", "--checkpoint_dir", str(chain_copy / "checkpoints"), "--device", "cpu")
+    assert code == 0 and output.count(" same\n") == 2
+
+
 def test_ctrl_c_ends_training_as_if_it_had_converged(demo, tmp_path):
     """The best state is kept and pruned, and the next stage starts from it."""
     arguments = [*flags(demo, 1), "--index_path", str(tmp_path / "index.csv"), "--checkpoint_dir", str(tmp_path)]

@@ -100,8 +100,8 @@ def tiny(tmp_path) -> tuple[data_loader.TaskData, data_loader.TaskData]:
     folder.mkdir()
     (folder / "1.csv").write_text("0,0,a,b,c\na,b,c,a,b\n0,c,b,a,c\nb,a,c,a,b\n0,0,0,b,a\na,a,b,c,c\n")
     (folder / "2.csv").write_text("0,a,b,b,,x,y,z\na,b,c,new,,x\n0,0,c,a,,y,z,x\n0,0,0,b,,z\n0,c,b,c,,y,x\n")
-    first = data_loader.load_sequences(str(folder / "1.csv"), 0.4)
-    return first, data_loader.load_examples(str(folder / "2.csv"), 0.3, first.items)
+    first = data_loader.load_sequences(str(folder / "1.csv"), data_loader.Split(0.4))
+    return first, data_loader.load_examples(str(folder / "2.csv"), data_loader.Split(0.3), first.items)
 
 
 def real_items(data: data_loader.TaskData, row: int) -> list[int]:
@@ -183,7 +183,7 @@ def test_data_too_large_for_counting_is_left_out(demo, tmp_path, run_here, monke
     flags = ["--data_dir", str(demo / "Data"), "--output_dir", str(tmp_path), "--seeds", "1", "--only", "counting"]
     monkeypatch.setattr(counting, "MAX_PAIRS", 0)
     assert refused(run_here("tools.baselines", *flags)) == "error: every task was left out\n"
-    first = data_loader.load_sequences(str(demo / "Data" / FILES[1]), 0.2)
+    first = data_loader.load_sequences(str(demo / "Data" / FILES[1]), data_loader.Split(0.2))
     monkeypatch.setattr(counting, "MAX_PAIRS", len(first.splits["train"]) * first.rows.shape[1] * 10 - 1)
     code, output, _ = run_here("tools.baselines", *flags)
     assert code == 0 and f"task 1 is left out: {first.path}: too large for `counting`" in output

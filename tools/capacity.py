@@ -56,7 +56,7 @@ class Capacity(study.Study):
             chosen = [(row, [t for t in targets.split(",") if part[t] == number]) for row, targets in lines]
             with whole_file(str(path)) as file:
                 file.write("".join(f"{row},,{','.join(own)}\n" for row, own in chosen if own).encode())
-            data.append(data_loader.load_examples(str(path), hp.test_fraction, self.data(1).items))
+            data.append(data_loader.load_examples(str(path), self.data(SPLIT_TASK).split, self.data(1).items))
         return data
 
     def first(self, folder: Path, ratio: float) -> None:

@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 
 from conure import losses, training
 from conure.errors import InputError, NothingToDo
-from conure.settings import Count, Device, Dilations, Positive, Seed, Width, of_script
+from conure.settings import Count, Device, Dilations, Positive, SplitSeed, Width, of_script
 from conure.stage_files import StageFiles
 
 import torch
 
 import data_loader
+from data_loader import Split
 from nextitnet import NextItNet
 from pruning import Stage
 
@@ -34,7 +35,7 @@ class Settings:
     data_dir: str = "Data/Session"  # where the task files are
     output_dir: str = "checkpoints/study"  # finished stages are skipped, unfinished ones resume
     seeds: Count = 3  # how many runs of each kind
-    first_seed: Seed = 10  # of the first run; each further one counts up
+    first_seed: SplitSeed = 10  # of the first run and its split; each further one counts up
     device: Device = "auto"  # auto: cuda if there is a GPU
     channels: Width = 64  # width of the embedding and of every layer
     dilations: Dilations = (1, 4, 1, 4)  # one residual block each
@@ -70,7 +71,8 @@ class Study:
         """The task's script's, with the architecture and the changes that the tool's block asks for."""
         scripts = ("conure_tp_t1.py", f"conure_{mode}_t{task}.py")  # the first for what only it has, as the kernel size
         first, block = map(of_script, scripts)
-        values = vars(first) | vars(block) | {"seed": self.seed, "index_path": str(self.folder / "index.csv")}
+        values = vars(first) | vars(block) | {"seed": self.seed, "split_seed": self.seed}  # spreads are of both
+        values["index_path"] = str(self.folder / "index.csv")
         values["data_path"] = os.path.join(self.hp.data_dir, os.path.basename(block.data_path))
         values |= {name: getattr(self.hp, name) for name in ("device", "channels", "dilations")}
         if task == 1:
@@ -83,9 +85,10 @@ class Study:
         if task not in self.loaded:
             hp = self.settings(task, "tp")
             if task == 1:
-                self.loaded[task] = data_loader.load_sequences(hp.data_path, hp.test_fraction)
+                self.loaded[task] = data_loader.load_sequences(hp.data_path, Split(hp.test_fraction, hp.split_seed))
             else:
-                self.loaded[task] = data_loader.load_examples(hp.data_path, hp.test_fraction, self.data(1).items)
+                split = Split(hp.test_fraction, hp.split_seed, hp.split_by)
+                self.loaded[task] = data_loader.load_examples(hp.data_path, split, self.data(1).items)
         return self.loaded[task]
 
     def loss(self, task: int, hp: SimpleNamespace) -> losses.Loss:

@@ -297,7 +297,7 @@ def data(chain: Chain) -> Html:
     for task, record in chain.records.items():
         scores = next(iter(record["results"].values()))
         sizes = [record["target_count"], *(scores[split]["n"] for split in ("validation", "test"))]
-        held_out = f"{record['test_fraction']:g}"
+        held_out = f"{record['split']['test_fraction']:g}"
         rows.append([task_name(task), path_cell(record["data_path"]), *(f"{size:,}" for size in sizes), held_out])
     head = ["task", "file", "target ids", "rows of validation", "rows of test", "share held out"]
     return join([element("p", f"{chain.items:,} ids of items."), table("Data", head, rows)])
