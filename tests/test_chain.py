@@ -283,7 +283,7 @@ def test_a_task_beats_the_most_frequent_targets(chain, task, factor, margin):
     folder, printed = chain
     load_task = data_loader.load_sequences if task == 1 else data_loader.load_examples
     items = data_loader.read_index(str(folder / "Data" / "index.csv"))
-    data = load_task(str(folder / "Data" / FILES[task]), 0.2, items)
+    data = load_task(str(folder / "Data" / FILES[task]), data_loader.Split(0.2), items)
     train, test = (data.targets[data.splits[split]] for split in ("train", "test"))
     k, metric = (1, "accuracy") if task == 4 else (5, "mrr@5")
     popular = np.argsort(-np.bincount(train), kind="stable")[:k]
