@@ -22,10 +22,12 @@ notes `data_left_behind`.
 import os
 import platform
 import re
+import shlex
 from typing import Any
 
 from conure.errors import InputError
 from conure.files import CHECKPOINT_NAME, load_sealed, save_sealed, seal_of
+from conure.settings import Running
 
 import numpy as np
 import pandas as pd
@@ -77,7 +79,8 @@ def newest(folder: str) -> str:
     """The checkpoint in `folder` that is furthest along the chain; InputError if there is none."""
     names = in_folder(folder)
     if not names:
-        raise InputError(f"{folder} holds no checkpoint: run `python {script_of(Stage(1, 'tp'))}` first")
+        first = f"python {script_of(Stage(1, 'tp'))}{flag_of(folder)}"
+        raise InputError(f"{folder} holds no checkpoint: run `{first}` first")
     return os.path.join(folder, names[-1])
 
 
@@ -86,15 +89,22 @@ def after(path: str) -> list[str]:
     return [name for name in in_folder(os.path.dirname(path)) if order_of(name) > order_of(path)]
 
 
-def commands_to_rerun(names: list[str]) -> str:
-    """Which scripts make these checkpoints anew, for messages."""
-    return f"run again, in this order, with --overwrite: {', '.join(script_of(stage_of(name)) for name in names)}"
+def flag_of(folder: str) -> str:
+    """What names a checkpoint folder in a command that would else work on the default one; for messages."""
+    return "" if folder == Running.checkpoint_dir else f" --checkpoint_dir {shlex.quote(folder or '.')}"
+
+
+def commands_to_rerun(names: list[str], folder: str) -> str:
+    """Which scripts make these checkpoints of `folder` anew, for messages."""
+    scripts = ", ".join(script_of(stage_of(name)) for name in names)
+    return f"run again, in this order, with{flag_of(folder)} --overwrite: {scripts}"
 
 
 def rerun_advice(path: str) -> str:
     """What makes the checkpoint at `path` anew, and all that become stale with it, for messages."""
-    later = f", then {commands_to_rerun(after(path))}" if after(path) else ""
-    return f"run `python {script_of(stage_of(path))} --overwrite`{later}"
+    folder = os.path.dirname(path)
+    later = f", then {commands_to_rerun(after(path), folder)}" if after(path) else ""
+    return f"run `python {script_of(stage_of(path))}{flag_of(folder)} --overwrite`{later}"
 
 
 def versions() -> dict[str, str]:
@@ -141,7 +151,8 @@ def load(path: str) -> tuple[dict[str, Any], str]:
     """
     stage, folder = stage_of(path), os.path.dirname(path)
     if not os.path.exists(path):
-        first = f"run `python {script_of(stage)}` first, which writes it" if stage else "name one that does"
+        command = f"python {script_of(stage)}{flag_of(folder)}" if stage else ""
+        first = f"run `{command}` first, which writes it" if stage else "name one that does"
         raise InputError(f"{path} does not exist: {first}")
     remedy = f"put a copy of it back, or {rerun_advice(path)}" if stage else "name another one"
     content, digest = load_file(path, remedy)
@@ -156,7 +167,7 @@ def load(path: str) -> tuple[dict[str, Any], str]:
                     stale = chain[chain.index(name) + 1 :]
                     raise InputError(
                         f"{path} is stale, as {name} has been replaced since: restore that, or "
-                        f"{commands_to_rerun(stale)}"
+                        f"{commands_to_rerun(stale, folder)}"
                     )
     for record in content["tasks"].values():
         beside = os.path.abspath(os.path.join(folder, record["data_beside"]))

@@ -86,8 +86,8 @@ class StageFiles:
                 flags = zip(("test_fraction", "split_seed", "split_by"), learned["split"].values())
                 split = " ".join(f"--{name} {value}" for name, value in flags)
                 raise InputError(
-                    f"{path} was made with other data ({learned['data_path']} {split}) than {self.data.path}: give the "
-                    f"data and split that it had, or, to learn the task from these, {checkpoint.rerun_advice(path)}"
+                    f"{path} was made with other data ({learned['data_path']}) or another split ({split}) "
+                    f"than now: give those, or, to learn the task from these, {checkpoint.rerun_advice(path)}"
                 )
 
     def refuse_to_redo(self) -> None:
@@ -129,7 +129,7 @@ class StageFiles:
         print(f"saved {self.path} ({os.path.getsize(self.path) / 1e6:.1f} MB)")
         stale = checkpoint.after(self.path)
         if stale:
-            print(f"stale now: {checkpoint.commands_to_rerun(stale)}")
+            print(f"stale now: {checkpoint.commands_to_rerun(stale, self.hp.checkpoint_dir)}")
         print(f"next: python {self.next_command()}{' --overwrite' if stale else ''}")
 
     def record(self, facts: dict[str, Any], scores: dict[str, dict]) -> dict[str, Any]:
@@ -156,7 +156,7 @@ class StageFiles:
     def next_command(self) -> str:
         task, mode = self.stage
         script = checkpoint.script_of(Stage(task, "ret") if mode == "tp" else Stage(task + 1, "tp"))
-        shared = ("checkpoint_dir", "index_path")
+        shared = ("checkpoint_dir", "index_path", "as_original")
         if mode == "tp":
             shared += ("data_path", "test_fraction", "split_seed", "split_by")
         if not (Path(__file__).parents[1] / script).exists():

@@ -82,7 +82,11 @@ def test_overwriting_a_stage_replaces_its_results_and_makes_what_follows_stale(c
     later = "ret_t2.pt, tp_t3.pt, ret_t3.pt, tp_t4.pt, ret_t4.pt"
     assert f"tp_t2.pt will be redone; these depend on it and become stale: {later}\n" in output
     scripts = ", ".join(f"conure_{name.removesuffix('.pt')}.py" for name in later.split(", "))
-    assert f"stale now: run again, in this order, with --overwrite: {scripts}\nnext: python conure_ret_t2.py" in output
+    where = f"--checkpoint_dir {chain_copy / 'checkpoints'}"
+    assert (
+        f"stale now: run again, in this order, with {where} --overwrite: {scripts}\nnext: python conure_ret_t2.py"
+        in output
+    )
     assert output.endswith(" --overwrite\n")
     for script in ("conure_ret_t2.py", "conure_tp_t3.py", "conure_ret_t4.py"):
         task = int(script[-4])

@@ -117,7 +117,8 @@ def test_other_data_another_vocabulary_or_a_damaged_checkpoint_is_refused(run_he
     assert "other data" in refused(run_here("conure_ret_t1.py", *flags(chain_copy, 1), "--test_fraction", "0.3"))
     with open(chain_copy / "Data" / FILES[2], "a") as file:
         file.write("1,2,3,,clicks0_1\n")
-    assert "run `python conure_tp_t2.py --overwrite`" in refused(run_here("conure_ret_t2.py", *flags(chain_copy, 2)))
+    again = f"run `python conure_tp_t2.py --checkpoint_dir {chain_copy / 'checkpoints'} --overwrite`"
+    assert again in refused(run_here("conure_ret_t2.py", *flags(chain_copy, 2)))
     file_lines = (chain_copy / "Data" / "index.csv").read_text().splitlines()
     with open(chain_copy / "Data" / "index.csv", "a") as file:
         file.write(f"brandnew,{len(file_lines) - 1}\n")
@@ -134,7 +135,7 @@ def test_ret_takes_the_split_of_tp(run_here, chain_copy):
     code, output, _ = run_here("conure_tp_t2.py", *small, *split)
     assert code == 0 and output.count("--split_seed 3 --split_by user") == 1  # of what to run next
     error = refused(run_here("conure_ret_t2.py", *small))
-    assert "--test_fraction 0.2 --split_seed 3 --split_by user) than" in error
+    assert "another split (--test_fraction 0.2 --split_seed 3 --split_by user) than now" in error
     assert run_here("conure_ret_t2.py", *small, *split)[0] == 0
     for later in (chain_copy / "checkpoints").glob("*_t[34].pt"):
         later.unlink()
