@@ -300,7 +300,8 @@ def test_what_is_missing_or_damaged_is_said_in_one_line(chain_copy, tmp_path, ru
     assert "tp_t2.pt is damaged or cut short" in refused(run_here("tools.report", *flags))
     for path in copy.glob("*.pt"):
         path.unlink()
-    assert "holds no checkpoint: run `python conure_tp_t1.py --checkpoint_dir " in refused(run_here("tools.report", *flags))
+    first = f"holds no checkpoint: run `python conure_tp_t1.py --checkpoint_dir {copy}` first"
+    assert first in refused(run_here("tools.report", *flags))
     for table in ("", "what,else\n1,2\n", "task,state,split,epoch,mrr@5\none,tp,test,1,0.5\n"):
         (copy / "results.csv").write_text(table)
         assert "is not the table that the scripts write" in refused(run_here("tools.report", *flags))
