@@ -52,6 +52,7 @@ def group(device: str) -> Iterator[None]:
             if not is_main():
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
             yield
+        wait()  # as none may leave while others still talk
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise InputError("another process has ended, and this one with it: the other's own line says why") from None
@@ -65,14 +66,6 @@ def total(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
-
-
-@torch.no_grad()
-def copy_from_main(tensors: Sequence[Tensor]) -> None:
-    """Gives every process the first one's values, as unlike machines may draw others from the same seed."""
-    if dist.is_initialized():
-        for tensor in tensors:
-            dist.broadcast(tensor, 0)
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:

@@ -97,7 +97,6 @@ class Run:
             identity = self.files.identity
             identity["precision"] = pick_precision(identity["precision"], self.device)  # a resumed run keeps its own
             announce(hp, data, self.model, count, self.device, identity["precision"])
-            processes.copy_from_main(trained)
             processes.wait()  # until all have read what the first one is about to remove or to write over
             if not resumed:
                 self.files.snapshot.remove()
