@@ -2,8 +2,8 @@
 
 Each user's rows are put in order; the first part is the history, whose last items are the sequence. Further tasks are
 about what the user did after that, in this table or in another one, or about what is known of the user. Every target
-that has a time is later than all of its sequence. Rows of the same time come in random order, as a network
-would learn any fixed one as if users had chosen it. Data/README.md has a line for each of the usual data sets.
+that has a time is later than all of its sequence. Rows of the same time come in random order, as a network would learn
+any fixed one as if users had chosen it. Data/README.md has a line for each of the usual data sets.
 
 READS  --interactions, --users, and the tables that --task names: .csv, .tsv, .inter, .user, .dat, .gz of them, .parquet
 WRITES original_desen_pretrain.csv                    task 1: the sequence

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 import data_loader
-from data_loader import Split, Vocabulary, load_examples
+from data_loader import Split, Vocabulary
 
 
 def sequences(tmp_path: Path, content: str | bytes, **arguments) -> data_loader.TaskData:
     path = tmp_path / "task1.csv"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return data_loader.load_sequences(str(path), data_loader.Split(0.5), **arguments)
+    return data_loader.load_sequences(str(path), Split(0.5), **arguments)
 
 
 def tokens(data: data_loader.TaskData) -> list[list[str]]:
@@ -94,11 +94,11 @@ def test_later_tasks_give_one_example_for_each_target(tmp_path):
     path = tmp_path / "task2.csv"
     path.write_text("1,2,,x\n9,3,,y,x\n")
     items = Vocabulary(["<UNK>", "1", "2", "3"])
-    data = data_loader.load_examples(str(path), data_loader.Split(0.67), items)
+    data = data_loader.load_examples(str(path), Split(0.67), items)
     assert data.rows[data.users].tolist() == [[1, 2, 0], [0, 3, 0], [0, 3, 0]]
     assert data.targets.tolist() == [1, 2, 1] and data.target_vocabulary.tokens == ["<UNK>", "x", "y"]
     assert data.unknown_items == 1 and data.describe()[-1] == "read as <UNK>: 1 of 6 items, 0 of 3 targets"
-    again = data_loader.load_examples(str(path), data_loader.Split(0.67), items, Vocabulary(["<UNK>", "y", "z"]))
+    again = data_loader.load_examples(str(path), Split(0.67), items, Vocabulary(["<UNK>", "y", "z"]))
     assert again.targets.tolist() == [0, 1, 0] and again.unknown_targets == 2
 
 
@@ -131,7 +131,7 @@ def test_what_a_later_task_cannot_use_is_refused_with_its_line(tmp_path, content
     path = tmp_path / "task2.csv"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(InputError) as error:
-        data_loader.load_examples(str(path), data_loader.Split(0.5), Vocabulary(["<UNK>", *"0123456789"]))
+        data_loader.load_examples(str(path), Split(0.5), Vocabulary(["<UNK>", *"0123456789"]))
     assert complaint in str(error.value) and "\n" not in str(error.value) and str(path) in str(error.value)
 
 
@@ -184,7 +184,7 @@ def test_a_few_rows_of_padding_alone_are_noted(tmp_path):
 def test_a_missing_relative_path_is_named_with_its_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path, said in (("no.csv", f"no.csv does not exist in {tmp_path}: "), ("/no.csv", "/no.csv does not exist: ")):
-        for load in (lambda path: data_loader.load_sequences(path, data_loader.Split(0.2)), data_loader.read_index):
+        for load in (lambda path: data_loader.load_sequences(path, Split(0.2)), data_loader.read_index):
             with pytest.raises(InputError) as error:
                 load(path)
             assert str(error.value).startswith(said)
@@ -265,9 +265,7 @@ def test_a_sharp_sampler_has_probabilities():
 def test_padding_that_task_1_never_saw_is_counted_as_unknown(tmp_path):
     path = tmp_path / "task2.csv"
     path.write_text("1,2,,x\n1,,y\n1,2,,y\n1,2,,x\n")
-    assert (
-        data_loader.load_examples(str(path), data_loader.Split(0.5), Vocabulary(["<UNK>", "1", "2"])).unknown_items == 1
-    )
+    assert data_loader.load_examples(str(path), Split(0.5), Vocabulary(["<UNK>", "1", "2"])).unknown_items == 1
 
 
 def test_a_sampler_that_draws_almost_nothing_else_still_ends():
@@ -282,7 +280,7 @@ def test_a_split_by_user_parts_no_user(tmp_path):
     )
     splits = []
     for split in (Split(0.25, by="user"), Split(0.25, by="user"), Split(0.25, seed=11, by="user"), Split(0.25)):
-        data = load_examples(str(path), split, items)
+        data = data_loader.load_examples(str(path), split, items)
         parts = [data.splits[name] for name in ("train", "validation", "test")]
         assert sorted(np.concatenate(parts)) == list(range(len(data.targets)))
         assert data.splits["heldout"].tolist() == [*parts[1], *parts[2]]
@@ -299,4 +297,4 @@ def test_too_few_users_to_hold_any_out(tmp_path):
     path = tmp_path / "task2.csv"
     path.write_text("1,2,,a,b,c\n2,1,,a,b,c\n2,2,,b\n")
     with pytest.raises(InputError, match="3 users are too few to hold out"):
-        load_examples(str(path), Split(0.4, by="user"), Vocabulary(["<UNK>", "1", "2"]))
+        data_loader.load_examples(str(path), Split(0.4, by="user"), Vocabulary(["<UNK>", "1", "2"]))

@@ -70,9 +70,9 @@ def popular(data: TaskData) -> Scorer:
 def markov(data: TaskData) -> Scorer:
     """Σ P(t | i) / k over the items i of the last ten places, k = 1 for the last one.
 
-    P(t | i) is the share of t in what follows i within ten places, each counted as 1 / distance. At
-    all positions of the sequences MRR@5 is 0.058; counts as they are, not shares, give 0.057, all places alike in the
-    counts 0.057, in the sum 0.046, and the last place alone 0.044.
+    P(t | i) is the share of t in what follows i within ten places, each counted as 1 / distance. At all positions of
+    the sequences MRR@5 is 0.058; counts as they are, not shares, give 0.057, all places alike in the counts 0.057, in
+    the sum 0.046, and the last place alone 0.044.
     """
     check_size(data, PLACES)
     train, size, pairs = data.splits["train"], len(data.items), []
