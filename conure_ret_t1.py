@@ -9,7 +9,7 @@ NEXT   python conure_tp_t2.py
 from dataclasses import dataclass
 
 from conure import launch, losses, training
-from conure.settings import Below1, Count, Positive, Running, Seed, Share, SplitSeed, UpTo1, ours
+from conure.settings import Below1, Count, LeaveOut, Positive, Running, Seed, Share, SplitSeed, UpTo1, ours
 
 import data_loader
 from data_loader import Split
@@ -25,6 +25,7 @@ class Hyperparameters(Running):
     learning_rate: Positive = 1e-3  # of Adam
     table_rate: Positive = ours(10.0, original=1.0)  # learning-rate multiplier of the head
     decay: bool = ours(True, original=False)  # decay the learning rates linearly to 0 at the last step
+    average_last: Below1 = 0.0  # share of the steps, the last ones, over which weights are averaged
     beta1: Below1 = 0.9  # of Adam
     negative_fraction: UpTo1 = 0.2  # share of the items drawn as negatives at each step; 1: full softmax
     padding_in_loss: bool = ours(False, original=True)  # predict padding too
@@ -32,6 +33,8 @@ class Hyperparameters(Running):
     test_fraction: Share = 0.2  # share held out: half validation, half test; as in tp
     split_seed: SplitSeed = 10  # of which examples are held out
     top_k: Count = 5  # cut-off of MRR, HR and NDCG
+    all_positions: bool = ours(True, original=False)  # score, and select, by every position of held-out rows too
+    leave_out: LeaveOut = ours("auto", original="nothing")  # from ranks, items already in the row; auto: if few recur
     as_original: bool = False  # train as the published code does: with the value named `original` wherever there is one
 
 

@@ -9,7 +9,20 @@ NEXT   python conure_tp_t4.py
 from dataclasses import dataclass
 
 from conure import launch, losses, training
-from conure.settings import Below1, Count, Loss, NonNegative, Positive, Running, Seed, Share, SplitBy, SplitSeed, ours
+from conure.settings import (
+    Below1,
+    Count,
+    LeaveOut,
+    Loss,
+    NonNegative,
+    Positive,
+    Running,
+    Seed,
+    Share,
+    SplitBy,
+    SplitSeed,
+    ours,
+)
 
 import data_loader
 from data_loader import Split
@@ -26,15 +39,17 @@ class Hyperparameters(Running):
     learning_rate: Positive = 1e-4  # of Adam
     table_rate: Positive = 1.0  # learning-rate multiplier of the head
     decay: bool = False  # decay the learning rates linearly to 0 at the last step
+    average_last: Below1 = ours(0.5, original=0.0)  # share of the steps, the last ones, over which weights are averaged
     beta1: Below1 = 0.9  # of Adam
     loss: Loss = ours("softmax", original="bpr")  # cross entropy over all targets; bpr: against one sampled negative
     rho: Positive = 0.3  # of the negative sampling of bpr: the smaller, the more often popular targets are drawn
     dropout: Below1 = 0.0  # dropout probability, of embeddings, residual blocks and last states
-    l2: NonNegative = 0.05  # L2 penalty on the head: l2 * sum(w^2) / 2; of an informed head, on w minus its start
+    l2: NonNegative = ours(0.005, original=0.05)  # l2 * sum(w^2) / 2 over the head, of its change if informed
     test_fraction: Share = 0.2  # share held out: half validation, half test; as in tp
     split_seed: SplitSeed = 10  # of which examples are held out
     split_by: SplitBy = "example"  # hold out examples, or users, of whom training then knows nothing
     top_k: Count = 5  # cut-off of MRR, HR and NDCG
+    leave_out: LeaveOut = ours("auto", original="nothing")  # from ranks: training targets; known: the row's items too
     as_original: bool = False  # train as the published code does: with the value named `original` wherever there is one
 
 

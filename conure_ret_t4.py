@@ -26,10 +26,11 @@ class Hyperparameters(Running):
     learning_rate: Positive = 1e-4  # of Adam
     table_rate: Positive = 1.0  # learning-rate multiplier of the head
     decay: bool = False  # decay the learning rates linearly to 0 at the last step
+    average_last: Below1 = ours(0.5, original=0.0)  # share of the steps, the last ones, over which weights are averaged
     beta1: Below1 = 0.9  # of Adam
     loss: Loss = ours("softmax", original="bce")  # cross entropy over all targets; bce: with one uniform negative
     dropout: Below1 = 0.0  # dropout probability, of embeddings, residual blocks and last states
-    l2: NonNegative = 0.02  # L2 penalty on the head: l2 * sum(w^2) / 2; of an informed head, on w minus its start
+    l2: NonNegative = 0.02  # l2 * sum(w^2) / 2 over the head, of its change if informed
     test_fraction: Share = 0.2  # share held out: half validation, half test; as in tp
     split_seed: SplitSeed = 10  # of which examples are held out
     split_by: SplitBy = "example"  # hold out examples, or users, of whom training then knows nothing

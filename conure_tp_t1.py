@@ -13,6 +13,7 @@ from conure.settings import (
     Count,
     Dilations,
     KernelSize,
+    LeaveOut,
     Positive,
     Running,
     Seed,
@@ -37,11 +38,13 @@ class Hyperparameters(Running):
     learning_rate: Positive = 1e-3  # of Adam
     table_rate: Positive = ours(10.0, original=1.0)  # learning-rate multiplier of the item embedding and the head
     decay: bool = ours(True, original=False)  # decay the learning rates linearly to 0 at the last step
+    average_last: Below1 = 0.0  # share of the steps, the last ones, over which weights are averaged
     beta1: Below1 = 0.9  # of Adam
     channels: Width = 256  # width of the embedding and of every layer
     dilations: Dilations = (1, 4, 1, 4, 1, 4, 1, 4)  # one residual block each
     kernel_size: KernelSize = 3  # taps of every convolution
     positional_embedding: bool = False  # add a learned embedding of each position to the items'
+    tied: bool = ours(True, original=False)  # the head's weight is the item embedding, which halves the tables
     negative_fraction: UpTo1 = 0.2  # share of the items drawn as negatives at each step; 1: full softmax
     padding_in_loss: bool = ours(False, original=True)  # predict padding too
     dropout: Below1 = ours(0.3, original=0.0)  # dropout probability, of embeddings, residual blocks and last states
@@ -49,6 +52,8 @@ class Hyperparameters(Running):
     test_fraction: Share = 0.2  # share held out: half validation, half test
     split_seed: SplitSeed = 10  # of which examples are held out
     top_k: Count = 5  # cut-off of MRR, HR and NDCG
+    all_positions: bool = ours(True, original=False)  # score, and select, by every position of held-out rows too
+    leave_out: LeaveOut = ours("auto", original="nothing")  # from ranks, items already in the row; auto: if few recur
     as_original: bool = False  # train as the published code does: with the value named `original` wherever there is one
 
 

@@ -10,7 +10,20 @@ NEXT   python conure_ret_t2.py
 from dataclasses import dataclass
 
 from conure import launch, losses, training
-from conure.settings import Below1, Count, Loss, NonNegative, Positive, Running, Seed, Share, SplitBy, SplitSeed, ours
+from conure.settings import (
+    Below1,
+    Count,
+    LeaveOut,
+    Loss,
+    NonNegative,
+    Positive,
+    Running,
+    Seed,
+    Share,
+    SplitBy,
+    SplitSeed,
+    ours,
+)
 
 import data_loader
 from data_loader import Split
@@ -27,17 +40,19 @@ class Hyperparameters(Running):
     learning_rate: Positive = 1e-4  # of Adam
     table_rate: Positive = 1.0  # learning-rate multiplier of the head
     decay: bool = False  # decay the learning rates linearly to 0 at the last step
+    average_last: Below1 = ours(0.5, original=0.0)  # share of the steps, the last ones, over which weights are averaged
     beta1: Below1 = 0.9  # of Adam
     loss: Loss = ours("softmax", original="bpr")  # cross entropy over all targets; bpr: against one sampled negative
     rho: Positive = 0.3  # of the negative sampling of bpr: the smaller, the more often popular targets are drawn
     informed_head: bool = ours(True, original=False)  # start the head from task 1's, or from the targets' frequencies
     dropout: Below1 = 0.0  # dropout probability, of embeddings, residual blocks and last states
-    l2: NonNegative = 0.02  # L2 penalty on the head: l2 * sum(w^2) / 2; of an informed head, on w minus its start
+    l2: NonNegative = ours(0.005, original=0.02)  # l2 * sum(w^2) / 2 over the head, of its change if informed
     prune_ratio: Share = 0.7  # share of the free weights that stays free for later tasks
     test_fraction: Share = 0.2  # share held out: half validation, half test
     split_seed: SplitSeed = 10  # of which examples are held out
     split_by: SplitBy = "example"  # hold out examples, or users, of whom training then knows nothing
     top_k: Count = 5  # cut-off of MRR, HR and NDCG
+    leave_out: LeaveOut = ours("auto", original="nothing")  # from ranks: training targets; known: the row's items too
     as_original: bool = False  # train as the published code does: with the value named `original` wherever there is one
 
 

@@ -203,6 +203,15 @@ def _ids_of(vocabulary: Vocabulary | None) -> tuple[Vocabulary, Callable[[list[s
     return (grown, grown.grow) if vocabulary is None else (vocabulary, vocabulary.look_up)
 
 
+class Batch(NamedTuple):
+    """Examples, of which several may have one row: example i is `inputs[row_of[i]]` with `targets[i]`."""
+
+    rows: np.ndarray  # (R,) their numbers
+    inputs: Tensor  # (R, T) int64
+    row_of: Tensor  # (B,) int64, ascending
+    targets: Tensor  # (B,) int64
+
+
 @dataclass(kw_only=True)
 class TaskData:
     """All examples of one task. Example i is `rows[users[i]]` with `targets[i]`.
@@ -226,10 +235,12 @@ class TaskData:
     splits: dict[str, np.ndarray] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # what may not be meant
 
-    def batch(self, examples: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Inputs (B, T) and targets (B,), int64, of these examples."""
-        inputs = torch.from_numpy(self.rows[self.users[examples]]).long()
-        return inputs, torch.from_numpy(self.targets[examples]).long()
+    def batch(self, examples: np.ndarray) -> Batch:
+        """These examples (B,), in the order of their rows."""
+        examples = examples[np.argsort(self.users[examples], kind="stable")]
+        rows, row_of = np.unique(self.users[examples], return_inverse=True)
+        ids = (torch.from_numpy(each).long() for each in (self.rows[rows], row_of, self.targets[examples]))
+        return Batch(rows, *ids)
 
     def describe(self) -> list[str]:
         """Lines on where the data come from and how many there are."""

@@ -50,7 +50,7 @@ def main(hp: Hyperparameters) -> int:
     model, device = checkpoint.build_model(content), pick_device(hp.device)
     reads, verdicts = fingerprints(model, content), []
     for task, record in sorted(content["tasks"].items()):
-        scores = rescoring.score(task, content, model, hp.data_dir, device)[hp.split]
+        scores = rescoring.score(task, content, model, hp.data_dir, device, hp.split)
         recorded = record["results"][record["state"]][hp.split]
         verdicts.append(verdict(reads[task] == record["fingerprint"], scores, recorded))
         row = {"task": task, "state": record["state"], "split": hp.split, "epoch": record["epoch"], **scores}

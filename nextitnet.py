@@ -178,9 +178,18 @@ class NextItNet(nn.Module):
     """Item ids (B, T) → hidden states (B, T, C) → scores over the items or classes of one task.
 
     `positions` is the number of learned position vectors, 0 for none; inputs longer than that repeat the first one.
+    `tied`: the weight of task 1's head is the item embedding.
     """
 
-    def __init__(self, items: int, channels: int, dilations: Sequence[int], kernel_size: int, positions: int = 0):
+    def __init__(
+        self,
+        items: int,
+        channels: int,
+        dilations: Sequence[int],
+        kernel_size: int,
+        positions: int = 0,
+        tied: bool = False,
+    ):
         super().__init__()
         self.architecture = {
             "items": items,
@@ -188,6 +197,7 @@ class NextItNet(nn.Module):
             "dilations": list(dilations),
             "kernel_size": kernel_size,
             "positions": positions,
+            "tied": tied,
         }
         self.embedding = nn.Embedding(items, channels)
         truncated_normal_(self.embedding.weight)
@@ -200,6 +210,8 @@ class NextItNet(nn.Module):
         self.heads = nn.ModuleDict()  # by task number, as a string
         self.anchors: dict[int, Tensor] = {}  # by task: where L2-SP pulls the head's weight; not saved
         self.add_head(1, items)
+        if tied:
+            self.head(1).weight = self.embedding.weight
 
     def add_head(self, task: int, size: int, bias: bool = False) -> None:
         """Softmax weights and bias for task 1; an item or class matrix (size, C) for every later task, or that and a
@@ -253,11 +265,12 @@ class NextItNet(nn.Module):
     def train_only(self, stage: Stage) -> list[nn.Parameter]:
         """Lets gradients reach what this stage trains, and returns it.
 
-        Everything in tp of task 1; from then on conv weights and the task's head alone, while embedding and layer
-        norms stay as tp of task 1 left them. Which elements of a conv weight learn is the owner map's business.
+        Everything in tp of task 1; from then on conv weights and the task's head alone, while embedding, with what is
+        tied to it, and layer norms stay as tp of task 1 left them. Which elements of a conv weight learn is the owner
+        map's business.
         """
         everything = stage == Stage(1, "tp")
-        trained = set(self.head(stage.task).parameters())
+        trained = set(self.head(stage.task).parameters()) - {self.embedding.weight}
         trained |= {module.weight for module in self.modules() if isinstance(module, CausalConv)}
         for parameter in self.parameters():
             parameter.requires_grad_(everything or parameter in trained)

@@ -2,9 +2,10 @@
 
 import time
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
-from conure import launch, metrics
+from conure import launch
+from conure.ranking import Ranker
 from conure.settings import Dilations, KernelSize, Length, Range, Width
 
 import numpy as np
@@ -24,6 +25,7 @@ class Hyperparameters:
     channels: Width = 256  # width of the embedding and of every layer
     dilations: Dilations = (1, 4, 1, 4, 1, 4, 1, 4)  # one residual block each
     kernel_size: KernelSize = 3  # taps of every convolution
+    leave_out: Literal["nothing", "known"] = "known"  # of the ranks: the row's own items
     output: str = ""  # a .csv file to add the line to; empty: it is only printed
 
 
@@ -37,6 +39,7 @@ def make_data(hp: Hyperparameters) -> data_loader.TaskData:
         targets=rows[:, -1],
         items=vocabulary,
         target_vocabulary=vocabulary,
+        splits={"train": np.arange(0)},
     )
 
 
@@ -44,10 +47,10 @@ def main(hp: Hyperparameters) -> None:
     torch.manual_seed(10)
     model = NextItNet(hp.items, hp.channels, hp.dilations, hp.kernel_size).to(bench.device())
     data, examples = make_data(hp), np.arange(hp.rows)
-    ranked = model, data, examples, Stage(1, "inference"), bench.device()
-    metrics.rank_examples(*ranked[:2], examples[:256], *ranked[3:])  # warms up
+    ranker = Ranker(model, data, Stage(1, "inference"), bench.device(), hp.leave_out)
+    ranker.rank(examples[:256])  # warms up
     start = time.perf_counter()
-    metrics.rank_examples(*ranked)
+    ranker.rank(examples)
     seconds = time.perf_counter() - start
     bench.report(
         "evaluate",

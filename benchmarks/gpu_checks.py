@@ -25,6 +25,7 @@ from torch.export.passes import move_to_device_pass
 import pruning
 from benchmarks import train_step
 from benchmarks.train_step import Hyperparameters
+from data_loader import Batch
 from nextitnet import NextItNet
 from pruning import Stage
 from tools.export import Program, program_of
@@ -81,15 +82,13 @@ def agreement(device: torch.device, shape: Hyperparameters) -> Iterator[Check]:
             yield Check(f"agreement_{precision}_{what}", ok, detail)
 
 
-def states_and_gradients(
-    model: NextItNet, shape: Hyperparameters, batch: tuple[Tensor, Tensor]
-) -> dict[str, list[Tensor]]:
+def states_and_gradients(model: NextItNet, shape: Hyperparameters, batch: Batch) -> dict[str, list[Tensor]]:
     stage, device, precision = Stage(1, "tp"), next(model.parameters()).device, getattr(torch, shape.precision)
     trained = model.train_only(stage)
     generator = torch.Generator().manual_seed(10)  # draws the same negatives for both, as it is the CPU's
-    Objective(train_step.make_loss(shape), model, stage, generator, precision)(*batch).backward()
+    Objective(train_step.make_loss(shape, batch), model, stage, generator, precision)(batch).backward()
     with torch.no_grad(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        states = model(batch[0].to(device), stage).float()
+        states = model(batch.inputs.to(device), stage).float()
     return {"states": [states], "gradients": [parameter.grad for parameter in trained]}
 
 
@@ -153,7 +152,7 @@ def chain(folder: Path, device: torch.device) -> Iterator[Check]:
     yield Check("owned_weights_bit_identical", owned > 0 and changed == 0 and others > 0, detail)
     prints = [fingerprints(model, content)[1] for model, content in zip((before, after), contents)]
     yield Check("all_that_task_1_reads_bit_identical", prints[0] == prints[1], {"fingerprint": prints[1][:12]})
-    scores = rescoring.score(1, contents[1], after, "", device)["test"]
+    scores = rescoring.score(1, contents[1], after, "", device)
     recorded = contents[1]["tasks"][1]["results"]["ret"]["test"]
     difference = max(abs(scores[name] - recorded[name]) for name in recorded)
     detail = {"difference": difference, "n": recorded["n"]}

@@ -9,9 +9,10 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from conure import metrics, samplers, training
+from conure import samplers, training
 from conure.device import can_compile
 from conure.losses import NextItemLoss, Objective
+from conure.ranking import Ranker
 
 import numpy as np
 import torch
@@ -196,7 +197,7 @@ def drawing(session: Session) -> None:
         model = train_step.make_model(shape)
     objective = Objective(NextItemLoss(sampler, None), model, Stage(1, "tp"), generator, session.precision)
     batch = train_step.random_batch(shape, shape.length - 1)
-    step = train_step.stepper(objective, model.train_only(Stage(1, "tp")), batch)
+    step = train_step.stepper(objective, model.train_only(Stage(1, "tp")), [batch])
     ready = session.durations("step_with_ready_draw", step, session.hp.steps)
     medians = {"by_process_ms": 1e3 * float(np.median(here)), "on_device_ms": 1e3 * float(np.median(there))}
     costs = {"step_ms": 1e3 * session.step_seconds, "step_with_ready_draw_ms": 1e3 * float(ready.mean())}
@@ -216,6 +217,6 @@ def ranking(session: Session) -> None:
         model = train_step.make_model(session.shape())
     data = evaluate.make_data(evaluate.Hyperparameters(rows=hp.rows, items=hp.items, length=hp.length))
     examples = np.arange(hp.rows)
-    rank = partial(metrics.rank_examples, model, data, examples, Stage(1, "inference"), session.device)
+    rank = partial(Ranker(model, data, Stage(1, "inference"), session.device, "known").rank, examples)
     seconds = session.durations("ranking", rank, 3, on_device=False)  # ends with the ranks in this process
     report("ranking", rows=hp.rows, items=hp.items, **spread(seconds), rows_per_s=hp.rows / float(np.median(seconds)))

@@ -52,14 +52,15 @@ def steppers(hp: Hyperparameters) -> dict[str, Callable[[], None]]:
     """The steps to compare, each of which ends when all processes have ended it, and one that is not to be counted."""
     copied = ("items", "batch_size", "channels", "dilations", "negative_fraction")
     shape = train_step.Hyperparameters(**{name: getattr(hp, name) for name in copied})
-    model, stage, loss = train_step.make_model(shape), Stage(1, "tp"), train_step.make_loss(shape)
+    model, stage = train_step.make_model(shape), Stage(1, "tp")
     batch, trained = train_step.random_batch(shape, shape.length - 1), model.train_only(stage)
+    loss = train_step.make_loss(shape, batch)
     adam = training.adam(trained, 1e-4, 0.9)
 
     def step(shard: Shard) -> None:
         adam.zero_grad()
         # Seeded in each step, as the processes take different numbers of them.
-        loss(model, stage, *batch, torch.Generator().manual_seed(10), shard).backward()
+        loss(model, stage, batch, torch.Generator().manual_seed(10), shard).backward()
         if shard.count > 1:
             processes.sum_gradients(trained)
         adam.step()

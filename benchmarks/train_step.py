@@ -8,19 +8,21 @@ tasks the states of all positions, and with dropout the same step without.
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from conure import launch, losses, samplers, training
 from conure.device import make_deterministic
 from conure.losses import Objective
 from conure.settings import Below1, Count, Dilations, KernelSize, Length, Range, Task, UpTo1, Width
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import pruning
 from benchmarks import bench
 from benchmarks.published import Published
+from data_loader import Batch
 from nextitnet import Grid, NextItNet, read_by
 from pruning import Stage
 
@@ -37,6 +39,7 @@ class Hyperparameters:
     dilations: Dilations = (1, 4, 1, 4, 1, 4, 1, 4)  # one residual block each
     kernel_size: KernelSize = 3  # taps of every convolution
     negative_fraction: UpTo1 = 0.2  # share of the items drawn as negatives at each step; 1: full softmax
+    earlier_items: bool = False  # of task 1: have the items before a position among its negatives
     dropout: Below1 = 0.0  # dropout probability
     precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products
     compile: bool = False  # fuse what lies between the matrix products by torch.compile
@@ -61,21 +64,24 @@ def make_model(hp: Hyperparameters, network: type[NextItNet] = NextItNet) -> Nex
     return model.to(bench.device())
 
 
-def make_loss(hp: Hyperparameters) -> losses.Loss:
+def make_loss(hp: Hyperparameters, batch: Batch) -> losses.Loss:
     if hp.task == 1:
-        return losses.NextItemLoss(samplers.LogUniformSampler(hp.items, hp.negative_fraction), None)
-    return losses.TargetLoss(0.02)
+        negatives = samplers.LogUniformSampler(hp.items, hp.negative_fraction)
+        return losses.NextItemLoss(negatives, None, hp.earlier_items)
+    known = np.zeros((len(batch.rows), hp.per_user), np.int64)
+    known.flat[: hp.batch_size] = batch.targets
+    return losses.TargetLoss(0.02, known.__getitem__)
 
 
-def random_batch(hp: Hyperparameters, time: int) -> tuple[Tensor, Tensor]:
-    """Inputs (B, time) and targets (B,), random but for equal rows of a user."""
-    users = torch.randint(1, hp.items, (hp.batch_size, time))
-    inputs = users[torch.arange(hp.batch_size) // hp.per_user]
-    return inputs, torch.randint(1, hp.items if hp.task == 1 else hp.targets, (hp.batch_size,))
+def random_batch(hp: Hyperparameters, time: int) -> Batch:
+    row_of = torch.arange(hp.batch_size) // hp.per_user
+    rows = np.arange(int(row_of[-1]) + 1)
+    inputs = torch.randint(1, hp.items, (len(rows), time))
+    return Batch(rows, inputs, row_of, torch.randint(1, hp.items if hp.task == 1 else hp.targets, (hp.batch_size,)))
 
 
 def stepper(
-    objective: Callable[..., Tensor], trained: list[torch.nn.Parameter], batch: Sequence[Tensor]
+    objective: Callable[..., Tensor], trained: list[torch.nn.Parameter], batch: Sequence[Any]
 ) -> Callable[[], None]:
     """A function that takes one step."""
     adam = training.adam(trained, 1e-4, 0.9)
@@ -115,11 +121,11 @@ def steppers(hp: Hyperparameters, model: NextItNet, time: int) -> dict[str, Call
     """Our step and, with --compare, the baselines; all on one batch."""
     stage, precision = Stage(hp.task, "tp"), getattr(torch, hp.precision)
     batch = random_batch(hp, time)
-    loss, generator = make_loss(hp), torch.Generator().manual_seed(10)
+    loss, generator = make_loss(hp, batch), torch.Generator().manual_seed(10)
 
     def step_of(model: NextItNet) -> Callable[[], None]:
         objective = Objective(loss, model, stage, generator, precision)
-        return stepper(objective, model.train_only(stage), batch)
+        return stepper(objective, model.train_only(stage), [batch])
 
     steps = {"ours": step_of(model)}
     if hp.compare and hp.dropout:
@@ -128,7 +134,8 @@ def steppers(hp: Hyperparameters, model: NextItNet, time: int) -> dict[str, Call
         steps["without_dropout"] = step_of(plain)
     if hp.compare and hp.task == 1:
         published = Published(hp.items, hp.channels, hp.dilations, hp.kernel_size).to(bench.device())
-        steps["published"] = stepper(published, list(published.parameters()), [x.to(bench.device()) for x in batch])
+        on_device = [each.to(bench.device()) for each in (batch.inputs, batch.targets)]
+        steps["published"] = stepper(published, list(published.parameters()), on_device)
     elif hp.compare:
         steps["full"] = step_of(make_model(hp, FullSequence))
     if hp.compile:

@@ -36,7 +36,7 @@ import torch
 from nextitnet import NextItNet
 from pruning import Stage
 
-FORMAT = 5
+FORMAT = 6
 
 
 def snapshot_of(path: str) -> str:

@@ -1,7 +1,8 @@
 """The model that a stage starts to train, and what the head of a new task starts from."""
 
-from conure import checkpoint, metrics
+from conure import checkpoint
 from conure.errors import InputError
+from conure.ranking import Ranker
 from conure.stage_files import StageFiles
 
 import numpy as np
@@ -25,7 +26,7 @@ def initial_model(files: StageFiles, device: torch.device) -> tuple[NextItNet, b
     hp, data, (task, mode) = files.hp, files.data, files.stage
     if files.before is None:
         positions = data.rows.shape[1] if hp.positional_embedding else 0
-        model = files.network(len(data.items), hp.channels, hp.dilations, hp.kernel_size, positions)
+        model = files.network(len(data.items), hp.channels, hp.dilations, hp.kernel_size, positions, hp.tied)
     else:
         model = checkpoint.build_model(files.before, files.network)
     if mode == "tp" and task > 1:
@@ -84,11 +85,11 @@ def inform(model: NextItNet, data: TaskData, stage: Stage, device: torch.device)
     size = len(data.target_vocabulary)
     ids = items_of_targets(data).to(device)
     examples, weight = data.splits["train"], model.head(stage.task).weight
-    random, known = weight.clone(), (ids > 0).nonzero().squeeze(1)
+    random, known, ranker = weight.clone(), (ids > 0).nonzero().squeeze(1), Ranker(model, data, stage, device)
     rows, log_ranks = model.head(1).weight[ids[known]], []
     for order in (torch.randperm(len(known)).to(device), slice(None)):
         weight[known] = rows[order]
-        log_ranks.append(np.log(metrics.rank_examples(model, data, examples[:EXAMPLES_TO_COMPARE], stage, device)))
+        log_ranks.append(np.log(ranker.rank(examples[:EXAMPLES_TO_COMPARE])[0]))
     found = f"{len(known):,} of {size - 1:,} targets have the token of an item"
     if log_ranks[1].mean() <= log_ranks[0].mean() - HALVED:
         print(f"head: {found}, and start as in task 1")

@@ -6,15 +6,16 @@ Batches come on the CPU, where negatives and labels are made ready without waiti
 from collections.abc import Callable
 from typing import Any
 
-from conure import processes, samplers
+from conure import processes, ranking, samplers
 from conure.matmul import matmul_dtype, pieces, product
 from conure.processes import Shard
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_loader import TaskData
+from data_loader import Batch, TaskData
 from nextitnet import NextItNet
 from pruning import Stage
 
@@ -40,77 +41,101 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-class LogSumExp(torch.autograd.Function):
-    """`LogSumExp.apply(hidden, counts, own, weight, bias, hits, dtype)`: the sum of counts[i] * logsumexp of row i.
+def part(batch: Batch, shard: Shard) -> tuple[Batch, slice]:
+    """A process's share of the rows with their examples, and where those stand in the batch."""
+    numbers = shard.of(torch.arange(len(batch.rows))).tolist()
+    start = numbers[0] if numbers else 0
+    own = slice(start, start + len(numbers))
+    examples = slice(*torch.searchsorted(batch.row_of, torch.tensor([own.start, own.stop])).tolist())
+    row_of = batch.row_of[examples] - start
+    return Batch(batch.rows[own], batch.inputs[own], row_of, batch.targets[examples]), examples
 
-    Row i is the logit `own[i]` and hidden[i] @ weight.T + bias without column `hits[i]`, if that is not -1: so the
-    logit of a label is known better than products in bfloat16 tell, and its gradient vanishes where the model is sure.
-    hidden (N, C), counts (N,), own (N,), weight (S, C), bias (S,), hits (N,) int64; products in `dtype`, all else in
-    float32. Gradients are made in the same pass, so that never more than `LOGITS_AT_ONCE` logits exist, and none is
-    computed twice.
+
+class LogSumExp(torch.autograd.Function):
+    """`LogSumExp.apply(hidden, own, row_of, weight, bias, hits, dtype)`: Σ log(exp(own[i]) + Σ exp(logit)), () .
+
+    The logits of label i are those of row r = row_of[i]: hidden[r] @ weight.T + bias, without columns hits[r], of which
+    -1 is none. The label's own logit comes apart, so it is known better than products in bfloat16 tell, and its
+    gradient vanishes where the model is sure. hidden (R, C), own (N,), weight (S, C), bias (S,), hits (R, M) int64;
+    row_of (N,) int64, ascending, on the CPU. Products in `dtype`, all else in float32. Gradients are made in the same
+    pass, so that never more than `LOGITS_AT_ONCE` logits exist, and none is computed twice.
     """
 
     @staticmethod
     def forward(
         ctx,
         hidden: Tensor,
-        counts: Tensor,
         own: Tensor,
+        row_of: Tensor,
         weight: Tensor,
         bias: Tensor,
         hits: Tensor,
         dtype: torch.dtype,
     ) -> Tensor:
         n, size = len(hidden), len(weight)
-        hidden = F.pad(hidden, (0, 0, 0, -n % ROWS))
-        counts, own, hits = (F.pad(each, (0, -n % ROWS)) for each in (counts, own, hits))  # added rows count nothing
+        hidden, hits = F.pad(hidden, (0, 0, 0, -n % ROWS)), F.pad(hits, (0, 0, 0, -n % ROWS), value=-1)
+        labels = row_of.bincount(minlength=len(hidden))  # of each row
+        first = [0, *labels.cumsum(0).tolist()]
+        labels, row_of = (to_device(each, hidden.device) for each in (labels, row_of))
         hidden_gradient, own_gradient = torch.empty_like(hidden), torch.empty_like(own)
         # Transposed, (C, S): oneDNN takes half the time for a product whose shorter side comes first.
         weight_gradient, bias_gradient = hidden.new_zeros(hidden.shape[1], size), torch.zeros_like(bias)
         total, weight = hidden.new_zeros(()), weight.to(dtype)
         at_once = max(1, LOGITS_AT_ONCE // size)
         for start in range(0, len(hidden), at_once):
-            block = slice(start, start + at_once)
-            inputs = hidden[block].to(dtype)
+            block = slice(start, min(start + at_once, len(hidden)))
+            inputs, of_block = hidden[block].to(dtype), slice(first[block.start], first[block.stop])
             parts = [softmax_of(inputs, weight, bias, hits[block], columns) for columns in pieces(hidden, size)]
-            log_sums = torch.stack([own[block], *(log_sum for _, log_sum in parts)], dim=1)
-            log_sum = log_sums.logsumexp(dim=1)
-            total += (counts[block] * log_sum).sum()
-            # What each has of the softmax over all, times the count.
-            own_gradient[block], *shares = ((log_sums - log_sum[:, None]).exp() * counts[block, None]).unbind(dim=1)
-            hidden_gradient[block] = 0.0
+            log_sums = torch.stack([log_sum for _, log_sum in parts], dim=1)
+            others = log_sums.logsumexp(dim=1)
+            of_label = others[row_of[of_block] - start]
+            log_sum = torch.logaddexp(of_label, own[of_block])
+            total += log_sum.sum()
+            own_gradient[of_block] = (own[of_block] - log_sum).exp()
+            # What the others have of the softmax, summed over the labels of a row.
+            others_share = torch.segment_reduce((of_label - log_sum).exp(), "sum", lengths=labels[block], initial=0)
+            shares = (others_share[:, None] * (log_sums - others[:, None]).exp()).unbind(dim=1)
+            hidden_gradient[block] = 0
             for columns, (within, _), share in zip(pieces(hidden, size), parts, shares):
-                scaled = (hidden[block] * share[:, None]).to(dtype)
+                scaled = inputs * share[:, None].to(dtype)
                 bias_gradient[columns] += share.to(dtype) @ within
                 hidden_gradient[block] += product(within, weight[columns].t()) * share[:, None]
                 weight_gradient[:, columns] += product(scaled.t(), within.t())
-        ctx.save_for_backward(hidden_gradient[:n], own_gradient[:n], weight_gradient.t(), bias_gradient)
+        ctx.save_for_backward(hidden_gradient[:n], own_gradient, weight_gradient.t(), bias_gradient)
         return total
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         hidden, own, weight, bias = (each.mul_(gradient) for each in ctx.saved_tensors)
-        return hidden, None, own, weight, bias, None, None
+        return hidden, own, None, weight, bias, None, None
 
 
 def softmax_of(inputs: Tensor, weight: Tensor, bias: Tensor, hits: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """The softmax over some columns of inputs @ weight.T + bias, in the dtype of `inputs`, and its log sums (N,)."""
+    """The softmax over some columns of inputs @ weight.T + bias, in the dtype of `inputs`, and its log sums (R,)."""
     logits = product(inputs, weight[columns]) + bias[columns]
-    hits = (hits - columns.start)[:, None]
-    nearest = hits.clamp(0, logits.shape[1] - 1)
-    logits.scatter_(1, nearest, torch.where(hits == nearest, EXCLUDED, logits.gather(1, nearest)))
+    hits = hits - columns.start
+    inside = (hits >= 0) & (hits < logits.shape[1])
+    # By minimum, as a hit that is not inside must not bring back what another one takes out.
+    excluded = torch.where(inside, EXCLUDED, torch.inf)
+    logits.scatter_reduce_(1, hits.clamp(0, logits.shape[1] - 1), excluded, "amin")
     highest = logits.amax(dim=1)
     within = torch.softmax(logits, dim=1, out=logits)
     return within.to(inputs.dtype), highest - within.amax(dim=1).log()  # the highest logit's probability is 1 / sum
 
 
 def sampled_softmax(
-    hidden: Tensor, labels: Tensor, head: nn.Linear, negatives: Tensor, label_counts: Tensor, negative_counts: Tensor
+    hidden: Tensor,
+    labels: Tensor,
+    left_out: Tensor,
+    head: nn.Linear,
+    negatives: Tensor,
+    label_counts: Tensor,
+    negative_counts: Tensor,
 ) -> Tensor:
     """The summed loss of `labels` (N,) given `hidden` (N, C) against `negatives` (S,), which all rows share.
 
     From every logit goes the log of the count expected in the sample (`label_counts` (N,), `negative_counts` (S,));
-    negatives that equal the label are left out. As tf.nn.sampled_softmax_loss.
+    negatives that equal the label or one of `left_out` (N, M) do not count. Else as tf.nn.sampled_softmax_loss.
     """
     ids = torch.cat([labels, negatives])
     biases = entries(head.bias, ids) - torch.cat([label_counts, negative_counts]).log()
@@ -119,25 +144,24 @@ def sampled_softmax(
     own = (hidden * label_weight).sum(dim=1) + label_bias
     places = torch.full((len(head.weight),), -1, device=ids.device)
     places[negatives] = torch.arange(len(negatives), device=ids.device)
-    counts = torch.ones_like(own)
-    return LogSumExp.apply(hidden, counts, own, weight, bias, places[labels], matmul_dtype(hidden)) - own.sum()
+    hits, row_of = places[torch.column_stack([labels, left_out])], torch.arange(len(labels))
+    return LogSumExp.apply(hidden, own, row_of, weight, bias, hits, matmul_dtype(hidden)) - own.sum()
 
 
-def full_softmax(hidden: Tensor, row_of: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The summed cross entropy of `labels` (N,) among all rows of `weight` (n, C), `bias` (n,).
+def full_softmax(
+    hidden: Tensor, row_of: Tensor, labels: Tensor, left_out: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """The summed cross entropy of `labels` (N,) among all rows of `weight` (n, C), `bias` (n,), but those left out.
 
-    Label i belongs to hidden[row_of[i]], of `hidden` (R, C); `row_of` (N,) comes on the CPU. In the blocks of
-    LogSumExp, which on 2 cores take 0.61 s for 1,568 rows and 33,080 items; F.linear_cross_entropy takes 0.70 s with
-    all logits in memory and 2.5 s in chunks.
+    Label i belongs to row r = row_of[i] of `hidden` (R, C), and `left_out` (R, M), of which -1 is none, to each row; it
+    must hold the row's labels, which are not each other's negatives. `row_of` (N,) comes ascending, on the CPU. In the
+    blocks of LogSumExp, which on 2 cores take 0.61 s for 1,568 rows and 33,080 items; F.linear_cross_entropy takes
+    0.70 s with all logits in memory and 2.5 s in chunks.
     """
     if bias is None:
         bias = weight.new_zeros(len(weight))
-    counts = row_of.bincount(minlength=len(hidden))
-    first = row_of.argsort(stable=True)[(counts.cumsum(0) - counts).clamp(max=len(row_of) - 1)]  # label of each row
-    counts, first, row_of = (to_device(each, hidden.device) for each in (counts.float(), first, row_of))
-    logits = (rows(hidden, row_of) * rows(weight, labels)).sum(dim=1) + entries(bias, labels)
-    own, hits = entries(logits, first), labels[first]
-    return LogSumExp.apply(hidden, counts, own, weight, bias, hits, matmul_dtype(hidden)) - logits.sum()
+    own = (rows(hidden, to_device(row_of, hidden.device)) * rows(weight, labels)).sum(dim=1) + entries(bias, labels)
+    return LogSumExp.apply(hidden, own, row_of, weight, bias, left_out, matmul_dtype(hidden)) - own.sum()
 
 
 def bpr(positive: Tensor, negative: Tensor) -> Tensor:
@@ -153,65 +177,70 @@ def bce(positive: Tensor, negative: Tensor) -> Tensor:
 class NextItemLoss:
     """Task 1: the next item at every position, by sampled softmax, or full softmax if the sample is to be all items."""
 
-    def __init__(self, sampler: samplers.LogUniformSampler, ignored_label: int | None):
-        """Positions whose next item is `ignored_label` do not count; None: all count, as in the original."""
-        self.sampler, self.ignored_label = sampler, ignored_label
+    def __init__(self, sampler: samplers.LogUniformSampler, ignored_label: int | None, earlier_items: bool = True):
+        """Positions whose next item is `ignored_label` do not count; None: all count, as in the original.
+
+        `earlier_items`: whether the items before a position are among its negatives.
+        """
+        self.sampler, self.ignored_label, self.earlier_items = sampler, ignored_label, earlier_items
 
     def __call__(
-        self,
-        model: NextItNet,
-        stage: Stage,
-        inputs: Tensor,
-        targets: Tensor,
-        generator: torch.Generator,
-        shard: Shard = ALONE,
+        self, model: NextItNet, stage: Stage, batch: Batch, generator: torch.Generator, shard: Shard = ALONE
     ) -> Tensor:
-        """The mean over the batch (`inputs` (B, T), `targets` (B,)), or this process's share of that sum."""
-        device = model.head(1).weight.device
-        labels = torch.cat([inputs[:, 1:], targets[:, None]], dim=1)  # (B, T)
+        """The mean over the batch, or this process's share of that sum."""
+        head = model.head(1)
+        device = head.weight.device
+        labels = torch.cat([batch.inputs[:, 1:], batch.targets[:, None]], dim=1)  # (B, T)
         counted = labels != self.ignored_label if self.ignored_label is not None else torch.ones_like(labels) > 0
         total = max(int(counted.sum()), 1)
         sampled = self.sampler.count < self.sampler.items
         negatives, draws = self.sampler.draw(generator) if sampled else (None, 0)
-        inputs, labels, counted = (shard.of(tensor) for tensor in (inputs, labels, counted))
+        inputs, labels, counted = (shard.of(tensor) for tensor in (batch.inputs, labels, counted))
         hidden = model(to_device(inputs, device), stage).transpose(0, 1).flatten(0, 1)  # (T * B, C)
+        left_out = self.left_out(inputs, labels)  # (T * B, M)
         labels, counted = labels.t().flatten(), counted.t().flatten()
         if not counted.all():
             places = counted.nonzero().squeeze(1)
-            hidden, labels = rows(hidden, to_device(places, device)), labels[places]
+            hidden, labels, left_out = rows(hidden, to_device(places, device)), labels[places], left_out[places]
         if sampled:
             counts = [self.sampler.expected_count(ids, draws) for ids in (labels, negatives)]
-            labels, negatives, *counts = (to_device(tensor, device) for tensor in (labels, negatives, *counts))
-            return sampled_softmax(hidden, labels, model.head(1), negatives, *counts) / total
-        head, row_of = model.head(1), torch.arange(len(labels))
-        return full_softmax(hidden, row_of, to_device(labels, device), head.weight, head.bias) / total
+            labels, left_out, negatives, *counts = (
+                to_device(tensor, device) for tensor in (labels, left_out, negatives, *counts)
+            )
+            return sampled_softmax(hidden, labels, left_out, head, negatives, *counts) / total
+        row_of, (labels, left_out) = torch.arange(len(labels)), (to_device(each, device) for each in (labels, left_out))
+        return full_softmax(hidden, row_of, labels, left_out, head.weight, head.bias) / total
+
+    def left_out(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """(T * B, M): the label, and the items before it if they are not to be negatives; both (B, T)."""
+        labels = labels.t()[:, :, None]  # (T, B, 1)
+        if self.earlier_items:
+            return labels.flatten(0, 1)
+        later = torch.ones(inputs.shape[1], inputs.shape[1], dtype=torch.bool).triu(1)  # (T, T)
+        return torch.where(later[:, None], labels, inputs).flatten(0, 1)
 
 
 class TargetLoss:
     """Tasks 2+: cross entropy of the target among all, `<UNK>` left out as it is in scores, plus l2 * |head|^2 / 2.
 
-    A head that the model has an anchor for is held near that instead of 0 (L2-SP: Li et al., ICML 2018).
+    What is known of a row, its other targets too, is left out. A head that the model has an anchor for is held near
+    that instead of 0 (L2-SP: Li et al., ICML 2018).
     """
 
-    def __init__(self, l2: float):
-        self.l2 = l2
+    def __init__(self, l2: float, known: Callable[[np.ndarray], np.ndarray]):
+        """`known` gives the targets (R, M) of rows (R,), as Known.of_rows does, their training targets among them."""
+        self.l2, self.known = l2, known
 
     def __call__(
-        self,
-        model: NextItNet,
-        stage: Stage,
-        inputs: Tensor,
-        targets: Tensor,
-        generator: torch.Generator,
-        shard: Shard = ALONE,
+        self, model: NextItNet, stage: Stage, batch: Batch, generator: torch.Generator, shard: Shard = ALONE
     ) -> Tensor:
-        """The mean over the batch (`inputs` (B, T), `targets` (B,)) plus the penalty, or this process's share of it."""
-        head, ids = model.head(stage.task), self.ids(targets, generator)
-        inputs, row_of = shard.of(inputs).unique(dim=0, return_inverse=True)  # each row is encoded once
-        inputs = F.pad(inputs, (0, 0, 0, -len(inputs) % ENCODED_ROWS))
-        inputs, ids = (to_device(tensor, head.weight.device) for tensor in (inputs, shard.of(ids)))
-        users = model.user_representation(inputs, stage)  # (R, C)
-        return self.summed(users, row_of, ids, head) / len(targets) + self.penalty(model, stage.task) / shard.count
+        """The mean over the batch plus the penalty, or this process's share of it."""
+        head, ids = model.head(stage.task), self.ids(batch.targets, generator)
+        own, examples = part(batch, shard)
+        inputs = F.pad(own.inputs, (0, 0, 0, -len(own.inputs) % ENCODED_ROWS))
+        users = model.user_representation(to_device(inputs, head.weight.device), stage)[: len(own.inputs)]  # (R, C)
+        summed = self.summed(users, own, to_device(ids[examples], head.weight.device), head)
+        return summed / len(ids) + self.penalty(model, stage.task) / shard.count
 
     def penalty(self, model: NextItNet, task: int) -> Tensor:
         weight = model.head(task).weight
@@ -223,24 +252,25 @@ class TargetLoss:
         """What each example is scored with; first dimension B."""
         return targets
 
-    def summed(self, users: Tensor, row_of: Tensor, ids: Tensor, head: nn.Linear) -> Tensor:
-        """The loss of all examples, of which example i is of users[row_of[i]]; `users` (R, C), `row_of` on the CPU."""
-        return full_softmax(users, row_of, ids - 1, head.weight[1:], None if head.bias is None else head.bias[1:])
+    def summed(self, users: Tensor, batch: Batch, ids: Tensor, head: nn.Linear) -> Tensor:
+        """The loss of all examples of a batch, given the representations (R, C) of its rows."""
+        left_out = to_device(torch.from_numpy(self.known(batch.rows)).long(), users.device) - 1
+        bias = None if head.bias is None else head.bias[1:]
+        return full_softmax(users, batch.row_of, ids - 1, left_out, head.weight[1:], bias)
 
 
 class PairLoss(TargetLoss):
     """The target against one sampled negative, by `bpr` or `bce`, in place of the cross entropy."""
 
     def __init__(self, compare: Callable[[Tensor, Tensor], Tensor], sampler: samplers.TargetSampler, l2: float):
-        super().__init__(l2)
-        self.compare, self.sampler = compare, sampler
+        self.l2, self.compare, self.sampler = l2, compare, sampler
 
     def ids(self, targets: Tensor, generator: torch.Generator) -> Tensor:
         """Target and negative, (B, 2)."""
         return torch.stack([targets, self.sampler.draw(targets, generator)], dim=1)
 
-    def summed(self, users: Tensor, row_of: Tensor, ids: Tensor, head: nn.Linear) -> Tensor:
-        own = rows(users, to_device(row_of, users.device))
+    def summed(self, users: Tensor, batch: Batch, ids: Tensor, head: nn.Linear) -> Tensor:
+        own = rows(users, to_device(batch.row_of, users.device))
         scores = (rows(head.weight, ids) * own[:, None]).sum(dim=2)  # (B, 2)
         if head.bias is not None:
             scores = scores + entries(head.bias, ids)
@@ -253,13 +283,15 @@ Loss = NextItemLoss | TargetLoss
 def next_item(hp: Any, data: TaskData) -> NextItemLoss:
     """The loss that the hyperparameters of a task 1 script ask for."""
     negatives = samplers.LogUniformSampler(len(data.items), hp.negative_fraction)
-    return NextItemLoss(negatives, None if hp.padding_in_loss else data.padding_id)
+    earlier_items = ranking.left_out(hp, data) != "known"
+    return NextItemLoss(negatives, None if hp.padding_in_loss else data.padding_id, earlier_items)
 
 
 def target(hp: Any, data: TaskData) -> TargetLoss:
     """The loss that the hyperparameters of a later task's script ask for: negatives by `rho`, or without it uniform."""
     if hp.loss == "softmax":
-        return TargetLoss(hp.l2)
+        known = "known" if ranking.left_out(hp, data) == "known" else "targets"
+        return TargetLoss(hp.l2, ranking.Known(data, known).of_rows)
     size = len(data.target_vocabulary)
     if hasattr(hp, "rho"):
         probabilities = samplers.static_probabilities(data.targets, size, hp.rho)
@@ -276,8 +308,8 @@ class Objective:
         self.loss, self.model, self.stage, self.generator = loss, model, stage, generator
         self.precision = precision
 
-    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """`inputs` (B, T) and `targets` (B,) of the whole batch, on the CPU."""
+    def __call__(self, batch: Batch) -> Tensor:
+        """The share of the whole batch."""
         device = next(self.model.parameters()).device
         with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
-            return self.loss(self.model, self.stage, inputs, targets, self.generator, processes.own_shard())
+            return self.loss(self.model, self.stage, batch, self.generator, processes.own_shard())

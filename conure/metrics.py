@@ -1,66 +1,54 @@
-"""Exact ranks among all items or classes, and the metrics counted from them."""
+"""Metrics counted from ranks, and how well they are known."""
 
-from conure import processes
-from conure.errors import InputError
-from conure.matmul import wide_linear
+from dataclasses import dataclass, fields
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
-from data_loader import TaskData
-from nextitnet import NextItNet
-from pruning import Stage
-
-EVALUATION_BATCH = 256  # one size for all, because a matrix product's last bits may depend on the shape
-COMPARED_AT_ONCE = 8192  # scores of a row, which a CPU's cache then still holds when they are counted
-SCORES_AT_ONCE = 1 << 26  # 256 MB, whatever the number of items
+RESAMPLES = 2000  # of a bootstrap
+INTERVAL = (2.5, 97.5)  # percentiles
 
 
-def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
-    """Ranks (B,), from 1, of `targets` (B,) by `scores` (B, n): every other score that is not lower ranks before it.
+@dataclass(frozen=True)
+class Protocol:
+    """How a task is evaluated."""
 
-    So ties and NaN count against the model.
-    """
-    own = scores.gather(1, targets[:, None])
-    lower = sum((part < own).sum(dim=1, dtype=torch.int32) for part in scores.split(COMPARED_AT_ONCE, dim=1))
-    return scores.shape[1] - lower.long()
+    metric: str = "ranking"  # one of METRICS
+    top_k: int = 5
+    leave_out: str = "nothing"  # or "targets": of the training part; or "known": those and the row's items
+    all_positions: bool = False  # rank the next item at every position too
 
 
-@torch.no_grad()
-def rank_examples(
-    model: NextItNet, data: TaskData, examples: np.ndarray, stage: Stage, device: torch.device
-) -> np.ndarray:
-    """The rank of each example's target among all, in the order of `examples`; each process ranks its share.
+@dataclass
+class Ranks:
+    """Where the targets of N examples rank, from 1; and of M positions, if those are asked for."""
 
-    A row is encoded once, however many of the examples are of it. InputError if the model has diverged.
-    """
-    model.eval()
-    shard, head = processes.own_shard(), model.head(stage.task)
-    rows, row_of = np.unique(data.users[examples], return_inverse=True)
-    by_row = np.argsort(row_of, kind="stable")
-    first = np.searchsorted(row_of[by_row], np.arange(len(rows) + 1))  # of each row's examples in `by_row`
-    ranks = torch.zeros(len(examples), dtype=torch.int64, device=device)
-    at_once = min(EVALUATION_BATCH, max(1, SCORES_AT_ONCE // head.out_features))
-    buffer = torch.empty(at_once, head.out_features, device=device)
-    for start in range(shard.number * EVALUATION_BATCH, len(rows), shard.count * EVALUATION_BATCH):
-        stop = min(start + EVALUATION_BATCH, len(rows))
-        inputs = torch.from_numpy(data.rows[rows[start:stop]]).long()
-        users = model.user_representation(inputs.to(device), stage)
-        if not users.isfinite().all():
-            raise InputError("the model's states are not finite: train it again with a lower --learning_rate")
-        for begin in range(first[start], first[stop], at_once):
-            part = by_row[begin : min(begin + at_once, first[stop])]
-            targets = torch.from_numpy(data.targets[examples[part]]).long()
-            scores = buffer[: len(part)]
-            wide_linear(users[row_of[part] - start], head.weight, head.bias, out=scores)
-            scores[:, 0] = -torch.inf  # <UNK> is no item and no class, and nobody's target
-            ranks[part] = target_ranks(scores, targets.to(device))
-    return processes.total(ranks).cpu().numpy()
+    users: np.ndarray  # (N,) the row of each example
+    targets: np.ndarray  # (N,)
+    ranks: np.ndarray  # (N,) without what is left out
+    raw: np.ndarray  # (N,) among all
+    position_users: np.ndarray  # (M,)
+    position_ranks: np.ndarray  # (M,) without what is left out
+    log_probabilities: np.ndarray  # (N, classes); (N, 0) unless the metric is accuracy
+
+    def __add__(self, other: "Ranks") -> "Ranks":
+        names = [field.name for field in fields(self)]
+        return Ranks(*(np.concatenate([getattr(self, name), getattr(other, name)]) for name in names))
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps: all but the log probabilities."""
+        names = [field.name for field in fields(self) if field.name != "log_probabilities"]
+        return {name: torch.from_numpy(getattr(self, name).astype(np.int32)) for name in names}
+
+
+def reciprocal_ranks(ranks: np.ndarray, k: int) -> np.ndarray:
+    return np.where(ranks <= k, 1 / ranks, 0.0)
 
 
 def mean_reciprocal_rank(ranks: np.ndarray, k: int) -> float:
-    return float(np.where(ranks <= k, 1 / ranks, 0.0).mean())
+    return float(reciprocal_ranks(ranks, k).mean())
 
 
 def hit_rate(ranks: np.ndarray, k: int) -> float:
@@ -72,27 +60,64 @@ def ndcg(ranks: np.ndarray, k: int) -> float:
     return float(np.where(ranks <= k, 1 / np.log2(ranks + 1), 0.0).mean())
 
 
-def ranking_scores(ranks: np.ndarray, k: int) -> dict[str, float]:
-    return {f"mrr@{k}": mean_reciprocal_rank(ranks, k), f"hr@{k}": hit_rate(ranks, k), f"ndcg@{k}": ndcg(ranks, k)}
+def balanced_accuracy(targets: np.ndarray, ranks: np.ndarray, k: int) -> float:
+    """The mean over the classes that occur of the share of their rows that are right."""
+    return float(pd.Series(ranks <= k).groupby(targets).mean().mean())
 
 
-def accuracy_scores(ranks: np.ndarray, k: int) -> dict[str, float]:
-    """The share of rows whose class is among the k best; k = 1 is accuracy as usual."""
-    return {"accuracy" if k == 1 else f"accuracy@{k}": hit_rate(ranks, k)}
+def auc(targets: np.ndarray, log_probabilities: np.ndarray) -> float:
+    """The area under the ROC curve of each class against the others, (N, classes), averaged over those that occur.
+
+    Class id c has column c - 1. By ranks (Mann and Whitney); equal scores count a half.
+    """
+    ranks, areas = pd.DataFrame(log_probabilities).rank().to_numpy(), []
+    for target in np.unique(targets):
+        own = ranks[targets == target, target - 1]
+        above = own.sum() - len(own) * (len(own) + 1) / 2  # pairs in which the class's own row has the higher score
+        areas.append(above / (len(own) * (len(ranks) - len(own))))
+    return float(np.mean(areas))
+
+
+def ranking_scores(ranks: Ranks, k: int) -> dict[str, float]:
+    """MRR, HR and NDCG at k, first that of all positions if they were ranked; `_raw`: nothing is left out."""
+    scores = {f"mrr@{k}_all": mean_reciprocal_rank(ranks.position_ranks, k)} if len(ranks.position_ranks) else {}
+    scores |= {f"mrr@{k}": mean_reciprocal_rank(ranks.ranks, k)}
+    scores |= {f"hr@{k}": hit_rate(ranks.ranks, k), f"ndcg@{k}": ndcg(ranks.ranks, k)}
+    return scores | {f"mrr@{k}_raw": mean_reciprocal_rank(ranks.raw, k)}
+
+
+def accuracy_scores(ranks: Ranks, k: int) -> dict[str, float]:
+    """The share of rows whose class is among the k best, of all and averaged over classes; the AUC, if two occur."""
+    suffix = "" if k == 1 else f"@{k}"
+    scores = {f"accuracy{suffix}": hit_rate(ranks.ranks, k)}
+    scores |= {f"balanced_accuracy{suffix}": balanced_accuracy(ranks.targets, ranks.ranks, k)}
+    return scores | ({"auc": auc(ranks.targets, ranks.log_probabilities)} if np.ptp(ranks.targets) else {})
 
 
 # What a task reports; the first score of each selects the best state on validation.
 METRICS = {"ranking": ranking_scores, "accuracy": accuracy_scores}
 
 
-def score(ranks: np.ndarray, metric: str, k: int) -> dict[str, float]:
-    return {**METRICS[metric](ranks, k), "n": len(ranks)}
+def score(ranks: Ranks, protocol: Protocol) -> dict[str, float]:
+    """The task's metrics, and the number of examples, `n`."""
+    return {**METRICS[protocol.metric](ranks, protocol.top_k), "n": len(ranks.ranks)}
 
 
-def evaluate(
-    model: NextItNet, data: TaskData, stage: Stage, metric: str, k: int, device: torch.device
-) -> dict[str, dict[str, float]]:
-    """For each held-out split (validation, test, and heldout: both) its `METRICS[metric]` and number of rows `n`."""
-    ranks = {split: rank_examples(model, data, data.splits[split], stage, device) for split in ("validation", "test")}
-    ranks["heldout"] = np.concatenate(list(ranks.values()))
-    return {split: score(each, metric, k) for split, each in ranks.items()}
+def resampled_means(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(RESAMPLES,) means of a score by bootstrap over users, and over runs: users come with all that they have.
+
+    `sums`, `counts` (runs, users): of each user's scores in each run, and how many they are.
+    """
+    random, (runs, users), means = np.random.default_rng(10), sums.shape, []
+    for _ in range(RESAMPLES):
+        weights = np.bincount(random.integers(users, size=users), minlength=users)
+        drawn = random.integers(runs, size=runs)
+        means.append((sums @ weights)[drawn].sum() / (counts @ weights)[drawn].sum())
+    return np.array(means)
+
+
+def interval(values: np.ndarray, users: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of the mean of `values` (N,), of which each user (N,) may have several."""
+    _, user = np.unique(users, return_inverse=True)
+    low, high = np.percentile(resampled_means(np.bincount(user, values)[None], np.bincount(user)[None]), INTERVAL)
+    return float(low), float(high)

@@ -21,7 +21,7 @@ from pruning import Stage
 
 SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal to draw a bar on
 COLUMNS = ("state", "task", "split", "epoch", "n", "seconds")  # of results.csv, besides those of scores
-SCORES = ("mrr", "hr", "ndcg", "accuracy")  # how the names of scores begin
+SCORES = ("mrr", "hr", "ndcg", "accuracy", "balanced_accuracy", "auc")  # how the names of scores begin
 
 
 def announce(hp: Any, data: TaskData, model: nn.Module, trained: int, device: torch.device, precision: str) -> None:

@@ -3,8 +3,9 @@
 import os
 from typing import Any
 
-from conure import checkpoint, metrics
+from conure import checkpoint, metrics, ranking
 from conure.errors import InputError
+from conure.metrics import Protocol, Ranks
 
 import torch
 
@@ -34,10 +35,20 @@ def load_data(task: int, content: dict[str, Any], data_dir: str) -> data_loader.
     return data
 
 
+def rank(
+    task: int, content: dict[str, Any], model: NextItNet, data_dir: str, device: torch.device, split: str = "test"
+) -> Ranks:
+    """The ranks of a held-out split by the checkpoint's model, which goes to the device."""
+    record, data = content["tasks"][task], load_data(task, content, data_dir)
+    stage, protocol = checkpoint.stage_of_state(task, record["state"]), Protocol(**record["protocol"])
+    if split == "heldout":
+        return ranking.rank_held_out(model.to(device), data, stage, device, protocol)[split]
+    return ranking.rank(model.to(device), data, data.splits[split], stage, device, protocol)
+
+
 def score(
-    task: int, content: dict[str, Any], model: NextItNet, data_dir: str, device: torch.device
-) -> dict[str, dict[str, float]]:
-    """As metrics.evaluate, of the checkpoint's model, which goes to the device."""
-    record = content["tasks"][task]
-    data, stage = load_data(task, content, data_dir), checkpoint.stage_of_state(task, record["state"])
-    return metrics.evaluate(model.to(device), data, stage, record["metric"], record["top_k"], device)
+    task: int, content: dict[str, Any], model: NextItNet, data_dir: str, device: torch.device, split: str = "test"
+) -> dict[str, float]:
+    """The metrics of the same."""
+    ranks = rank(task, content, model, data_dir, device, split)
+    return metrics.score(ranks, Protocol(**content["tasks"][task]["protocol"]))

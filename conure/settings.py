@@ -68,6 +68,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "float32", "bfloat16"]
 SplitSeed = Annotated[int, Range(0, 2**32 - 1)]
 SplitBy = Literal["example", "user"]
+LeaveOut = Literal["auto", "known", "targets", "nothing"]
 Loss = Literal["softmax", "bpr", "bce"]  # of the tasks after the first
 
 # The types that these are made of, and what their values look like on the command line.
@@ -84,6 +85,11 @@ FORMS = {
 def ours(value: Any, original: Any) -> Any:
     """A field of a block whose value is not the original's; `--as_original` sets it to that."""
     return dataclasses.field(default=value, metadata={"original": original})
+
+
+def positional() -> Any:
+    """A field that has no default and is given without its name."""
+    return dataclasses.field(metadata={"positional": True})
 
 
 @dataclasses.dataclass
@@ -184,8 +190,9 @@ def parser_of(block: type, about: str) -> OneLineParser:
     """A flag for every field; those of `Running` come last in the help, under a title of their own."""
     module = sys.modules["__main__"].__spec__  # None for a script
     program = f"-m {module.name.removesuffix('.__main__')}" if module else "%(prog)s"
+    first = [field.name for field in dataclasses.fields(block) if "positional" in field.metadata]
     parser = OneLineParser(
-        usage=f"python {program} [--name value] ...",
+        usage=" ".join(["python", program, *map(str.upper, first), "[--name value] ..."]),
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -195,12 +202,12 @@ def parser_of(block: type, about: str) -> OneLineParser:
     types, help_texts = get_type_hints(block, include_extras=True), comments(block)
     more = {bool: {"nargs": "?", "const": "true"}, tuple[str, ...]: {"action": "append"}}  # `--overwrite` means true
     for field in dataclasses.fields(block):
-        default = f" [{printable(field.default)}]" if field.default not in ("", ()) else ""
+        default = f" [{printable(field.default)}]" if field.default not in ("", (), dataclasses.MISSING) else ""
         if "original" in field.metadata:
             default = f"{default.removesuffix(']')}; the original: {printable(field.metadata['original'])}]"
         (running if field.name in inherited else parser).add_argument(
-            f"--{field.name}",
-            metavar=form(types[field.name]),
+            field.name if field.name in first else f"--{field.name}",
+            metavar=field.name.upper() if field.name in first else form(types[field.name]),
             help=(help_texts.get(field.name, "") + default).replace("%", "%%"),
             **more.get(kind_and_limits(types[field.name])[0], {}),
         )

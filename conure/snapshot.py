@@ -5,6 +5,8 @@ It holds no state of a random number generator, as all random numbers follow fro
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +30,29 @@ class TrainingState:
     best_score: float = -math.inf  # on validation
     best_epoch: float = 0.0
     best_weights: list[torch.Tensor] = field(default_factory=list)
+    mean_weights: list[torch.Tensor] = field(default_factory=list)  # over the last steps; empty: not averaged yet
+    averaged_steps: int = 0
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Adds the present weights to the mean; those that never change stay in it as they are, bit for bit."""
+        weights = [parameter.detach() for parameter in self.trained]
+        self.mean_weights = self.mean_weights or [weight.clone() for weight in weights]
+        self.averaged_steps += 1
+        torch._foreach_lerp_(self.mean_weights, weights, 1 / self.averaged_steps)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Has the mean weights in the place of the present ones, if there are any."""
+        present = [parameter.detach().clone() for parameter in self.trained] if self.mean_weights else []
+        self.set_weights(self.mean_weights)
+        yield
+        self.set_weights(present)
+
+    @torch.no_grad()
+    def set_weights(self, weights: list[torch.Tensor]) -> None:
+        for parameter, weight in zip(self.trained, weights):
+            parameter.copy_(weight)
 
     def keep_if_best(self, score: float) -> None:
         """Remembers the present weights if none before scored as well: of equal ones the first are best."""
@@ -35,21 +60,20 @@ class TrainingState:
             self.best_score, self.best_epoch = score, self.epoch
             self.best_weights = [parameter.detach().clone() for parameter in self.trained]
 
-    @torch.no_grad()
     def restore_best(self) -> None:
-        for parameter, weight in zip(self.trained, self.best_weights):
-            parameter.copy_(weight)
+        self.set_weights(self.best_weights)
         self.epoch = self.best_epoch
 
     def state_dict(self) -> dict[str, Any]:
         weights = [parameter.detach() for parameter in self.trained]
         return {**vars(self), "trained": weights, "optimiser": self.optimiser.state_dict()}
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         state = dict(state)
-        for parameter, value in zip(self.trained, state.pop("trained")):
-            parameter.copy_(value)
+        self.set_weights(state.pop("trained"))
+        state["mean_weights"] = [
+            weight.to(parameter.device) for parameter, weight in zip(self.trained, state["mean_weights"])
+        ]
         self.optimiser.load_state_dict(state.pop("optimiser"))
         self.rows[:] = state.pop("rows")
         vars(self).update(state)

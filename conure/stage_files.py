@@ -118,7 +118,7 @@ class StageFiles:
             "identity": self.identity,
             "lineage": self.lineage,
             "architecture": model.architecture,
-            "model": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
+            "model": model.cpu().state_dict(),
             "items": self.data.items.to_tensor(),
             "tasks": self.tasks | {self.stage.task: record},
         }

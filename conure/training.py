@@ -3,9 +3,10 @@
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
-from conure import checkpoint, metrics, processes
+from conure import checkpoint, metrics, processes, ranking
 from conure.device import can_compile, make_deterministic, pick_device, pick_precision
 from conure.errors import InputError
 from conure.initial_model import initial_model
@@ -25,6 +26,11 @@ from nextitnet import NextItNet
 from pruning import Stage
 
 CHECK_EVERY = 50  # steps between looks at the losses, for which a GPU has to finish what it was given
+RANKED = {
+    "nothing": "among all",
+    "targets": "among all but the targets that the user has in training",
+    "known": "among all but the row's items and the targets that the user has in training",
+}
 BETA2, ADAM_EPS = 0.999, 1e-8  # the original's, which are Adam's defaults
 
 
@@ -76,7 +82,8 @@ class Run:
         """`hp` is the script's hyperparameter block; resumes from a snapshot if there is one. Raises as `files`
         does, which is given the first three."""
         print(f"task {stage.task}, {stage.mode}")
-        self.hp, self.stage, self.data, self.metric = hp, stage, data, metric
+        self.hp, self.stage, self.data = hp, stage, data
+        self.protocol = ranking.protocol_of(hp, metric, data)
         self.device = pick_device(hp.device)
         self.files = files(hp, stage, data)
         with self.files.closed_on_failure():
@@ -88,7 +95,7 @@ class Run:
             optimiser = adam(groups, hp.learning_rate, hp.beta1)
             # Facts of the task for the checkpoint; the count is taken before pruning gives weights an owner.
             count = count_trained(self.model, stage, trained)
-            self.facts = {"metric": metric, "top_k": hp.top_k, "trained": count, "informed": informed}
+            self.facts = {"protocol": asdict(self.protocol), "trained": count, "informed": informed}
             self.scores: dict[str, dict[str, dict[str, float]]] = {}  # state → split → scores, for the checkpoint
             self.results = Results(os.path.join(hp.checkpoint_dir, "results.csv"), stage)
             self.state = TrainingState(trained, optimiser, self.results.own)
@@ -97,6 +104,7 @@ class Run:
             identity = self.files.identity
             identity["precision"] = pick_precision(identity["precision"], self.device)  # a resumed run keeps its own
             announce(hp, data, self.model, count, self.device, identity["precision"])
+            print(f"ranks: {RANKED[self.protocol.leave_out]}")
             processes.wait()  # until all have read what the first one is about to remove or to write over
             if not resumed:
                 self.files.snapshot.remove()
@@ -132,6 +140,8 @@ class Run:
                 if self.hp.decay:
                     self.scale_learning_rates(1 - state.step / steps)
                 losses.append(self.take_step(objective, batch))
+                if state.step > (1 - self.hp.average_last) * steps:
+                    state.average()
                 state.epoch = round(state.step / steps_per_epoch, 4)
                 progress.advance(losses[-1])
                 stopping = self.stop.requested  # looked at once, as it may come true at any moment
@@ -185,7 +195,7 @@ class Run:
     def take_step(self, objective: Objective, batch: np.ndarray) -> torch.Tensor:
         """One step of Adam; returns the whole batch's loss, which a GPU may still be computing."""
         self.model.train()
-        value = objective(*self.data.batch(batch))
+        value = objective(self.data.batch(batch))
         self.state.optimiser.zero_grad()
         value.backward()
         processes.sum_gradients(self.state.trained)
@@ -209,11 +219,12 @@ class Run:
         """Evaluates on validation and remembers the weights if none before scored as well."""
         mode, examples = self.stage.mode, self.data.splits["validation"]
         stage = checkpoint.stage_of_state(self.stage.task, mode)
-        ranks = metrics.rank_examples(self.model, self.data, examples, stage, self.device)
-        scores = metrics.score(ranks, self.metric, self.hp.top_k)
-        self.results.add(mode, "validation", self.state.epoch, scores, self.state.seconds)
-        if mode == "ret" or self.state.step > 0:  # an untrained head is no result of tp, even where it is informed
-            self.state.keep_if_best(next(iter(scores.values())))
+        with self.state.averaged():
+            ranks = ranking.rank(self.model, self.data, examples, stage, self.device, self.protocol)
+            scores = metrics.score(ranks, self.protocol)
+            self.results.add(mode, "validation", self.state.epoch, scores, self.state.seconds)
+            if mode == "ret" or self.state.step > 0:  # an untrained head is no result of tp, even where it is informed
+                self.state.keep_if_best(next(iter(scores.values())))
 
     def prune(self) -> None:
         """Gives the task its share of the free weights and reports what that cost."""
@@ -226,8 +237,9 @@ class Run:
     def report(self, state: str, splits: tuple[str, ...]) -> None:
         """Scores all held-out parts of the data and keeps them for the checkpoint; prints `splits`."""
         stage = checkpoint.stage_of_state(self.stage.task, state)
-        scores = metrics.evaluate(self.model, self.data, stage, self.metric, self.hp.top_k, self.device)
-        self.scores[state] = scores
+        ranks = ranking.rank_held_out(self.model, self.data, stage, self.device, self.protocol)
+        scores = {split: metrics.score(each, self.protocol) for split, each in ranks.items()}
+        self.scores[state], self.facts["ranks"] = scores, ranks["test"].to_tensors()
         for split in splits:
             self.results.add(state, split, self.state.epoch, scores[split], self.state.seconds)
 

@@ -10,11 +10,16 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from filelock import FileLock
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from data_loader import Batch  # noqa: E402  from the project's root
 
 FILES = {
     1: "original_desen_pretrain.csv",
@@ -36,6 +41,11 @@ def flags(folder: Path, task: int) -> list[str]:
     """Where `folder` has the data (folder/Data) and the checkpoints (folder/checkpoints) of a test's chain."""
     data = ["--data_path", str(folder / "Data" / FILES[task]), "--index_path", str(folder / "Data" / "index.csv")]
     return [*data, "--checkpoint_dir", str(folder / "checkpoints"), "--device", "cpu"]
+
+
+def batch_of(inputs: Tensor, targets: Tensor) -> Batch:
+    """A batch (B, T), (B,) in which each example has a row of its own."""
+    return Batch(np.arange(len(inputs)), inputs, torch.arange(len(inputs)), targets)
 
 
 def run_python(*arguments: str, **environment: str) -> str:

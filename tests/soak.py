@@ -251,7 +251,8 @@ def forgetting(folder: Path, users: int) -> dict[str, int]:
         subprocess.run(script, check=True, stdout=subprocess.DEVNULL)
         content, _ = checkpoint.load(checkpoint.path_of(str(folder / "checkpoints"), Stage(task, mode)))
         model, items = checkpoint.build_model(content), data_loader.Vocabulary.from_tensor(content["items"])
-        inputs, _ = data_loader.load_examples(str(data / files[4]), data_loader.Split(0.5), items).batch(np.arange(200))
+        examples = data_loader.load_examples(str(data / files[4]), data_loader.Split(0.5), items)
+        inputs = examples.batch(np.arange(200)).inputs
         for earlier in range(1, task + 1):
             with torch.no_grad():
                 scores = model.scores(inputs, Stage(earlier, "inference"))

@@ -2,69 +2,75 @@
 
 import math
 
-from conure import matmul, metrics
+from conure.metrics import Protocol, Ranks, accuracy_scores, interval, ranking_scores, resampled_means, score
 
 import numpy as np
 import pytest
-import torch
-
-import data_loader
-from nextitnet import NextItNet
-from pruning import Stage
 
 
-def test_ranks_count_every_other_score_that_is_not_lower():
-    generator = torch.Generator().manual_seed(1)
-    scores = torch.randint(0, 6, (200, 12), generator=generator).float()  # many ties
-    scores[3, 5] = scores[4, 0] = math.nan
-    targets = torch.randint(0, 12, (200,), generator=generator)
-    targets[4] = 0
-    expected = [
-        1 + sum(not row[item] < row[target] for item in range(12) if item != target)
-        for row, target in zip(scores.tolist(), targets.tolist())
-    ]
-    assert metrics.target_ranks(scores, targets).tolist() == expected
-    assert expected[4] == 12  # a target without a score is the last
-
-
-@pytest.mark.parametrize("task", [1, 2])
-def test_ranks_by_blocks_are_those_of_all_scores_at_once(monkeypatch, task):
-    """Whatever the sizes of the blocks and however many examples a row has, `<UNK>` is left out and order is kept."""
-    torch.manual_seed(1)
-    model = NextItNet(items=50, channels=8, dilations=[1, 4], kernel_size=3)
-    model.add_head(2, 31)
-    rows, users, targets = torch.randint(50, (30, 12)), torch.randint(30, (40,)), torch.randint(1, 31, (40,))
-    inputs, vocabulary = rows[users], data_loader.Vocabulary()
-    arrays = {"rows": rows.int().numpy(), "users": users.numpy(), "targets": targets.int().numpy()}
-    data = data_loader.TaskData(**arrays, items=vocabulary, target_vocabulary=vocabulary)
-    monkeypatch.setattr(metrics, "EVALUATION_BATCH", 16)
-    monkeypatch.setattr(metrics, "SCORES_AT_ONCE", 200)
-    monkeypatch.setattr(metrics, "COMPARED_AT_ONCE", 7)
-    monkeypatch.setattr(matmul, "CPU_COLUMNS", 9)
-    stage, examples = Stage(task, "inference"), np.random.RandomState(1).permutation(40)
-    ranks = metrics.rank_examples(model, data, examples, stage, torch.device("cpu"))
-    with torch.no_grad():
-        scores = model.scores(inputs, Stage(task, "inference"))[:, 1:]
-    better = (scores > scores.gather(1, targets[:, None] - 1)).sum(dim=1).numpy()
-    assert (ranks == 1 + better[examples]).all()
-
-
-def test_a_model_that_scores_all_alike_is_right_about_nothing():
-    ranks = metrics.target_ranks(torch.zeros(3, 9), torch.tensor([0, 4, 8])).numpy()
-    assert (ranks == 9).all() and metrics.accuracy_scores(ranks, 1) == {"accuracy": 0.0}
+def ranks_of(
+    ranks: np.ndarray, raw: np.ndarray | None = None, positions: tuple = (), targets: tuple = (), logs: tuple = ((),)
+) -> Ranks:
+    ranks, positions = np.asarray(ranks), np.asarray(positions, int)
+    users, logs = np.arange(len(ranks)), np.asarray(logs, float)
+    return Ranks(users, np.asarray(targets), ranks, ranks if raw is None else raw, positions, positions, logs)
 
 
 @pytest.mark.parametrize("k", [1, 5, 20])
 def test_scores_by_definition(k):
-    ranks = np.random.default_rng(1).integers(1, 30, 500)
-    scores = metrics.ranking_scores(ranks, k)
-    assert list(scores) == [f"mrr@{k}", f"hr@{k}", f"ndcg@{k}"]
-    definitions = [lambda rank: 1 / rank, lambda rank: 1, lambda rank: 1 / math.log2(rank + 1)]
-    for score, gain in zip(scores.values(), definitions):
-        assert score == pytest.approx(sum(gain(int(rank)) for rank in ranks if rank <= k) / 500)
+    random = np.random.default_rng(1)
+    ranks, raw, positions = random.integers(1, 30, (3, 500))
+    scores = ranking_scores(ranks_of(ranks, raw, positions), k)
+    assert list(scores) == [f"mrr@{k}_all", f"mrr@{k}", f"hr@{k}", f"ndcg@{k}", f"mrr@{k}_raw"]
+    assert list(ranking_scores(ranks_of(ranks, raw), k)) == list(scores)[1:]
+
+    def reciprocal(rank: int) -> float:
+        return 1 / rank
+
+    gains = [reciprocal, reciprocal, lambda rank: 1, lambda rank: 1 / math.log2(rank + 1), reciprocal]
+    for value, gain, counted in zip(scores.values(), gains, [positions, ranks, ranks, ranks, raw]):
+        assert value == pytest.approx(sum(gain(int(rank)) for rank in counted if rank <= k) / 500)
 
 
-def test_accuracy_counts_first_places():
-    ranks = np.array([1, 1, 2, 3])
-    assert metrics.accuracy_scores(ranks, 1) == {"accuracy": 0.5}
-    assert metrics.accuracy_scores(ranks, 2) == {"accuracy@2": 0.75}
+def test_classes_by_definition():
+    """Four classes of unequal frequency, one of which never occurs; equal scores count a half in the AUC."""
+    random = np.random.default_rng(1)
+    targets = random.choice([1, 2, 4], 300, p=[0.7, 0.2, 0.1])
+    logs = random.integers(-4, 0, (300, 4)).astype(float)
+    ranks = 1 + (logs >= logs[np.arange(300), targets - 1][:, None]).sum(axis=1) - 1
+    scores = score(ranks_of(ranks, targets=targets, logs=logs), Protocol("accuracy", 1))
+    right = ranks == 1
+    assert scores["accuracy"] == pytest.approx(right.mean()) and scores["n"] == 300
+    assert scores["balanced_accuracy"] == pytest.approx(np.mean([right[targets == c].mean() for c in (1, 2, 4)]))
+    areas = []
+    for c in (1, 2, 4):
+        own, others = logs[targets == c, c - 1], logs[targets != c, c - 1]
+        areas.append(np.mean([(a > b) + (a == b) / 2 for a in own for b in others]))
+    assert scores["auc"] == pytest.approx(np.mean(areas))
+    assert list(accuracy_scores(ranks_of(ranks, targets=targets, logs=logs), 2)) == [
+        "accuracy@2",
+        "balanced_accuracy@2",
+        "auc",
+    ]
+    assert "auc" not in accuracy_scores(ranks_of([1, 1], targets=[2, 2], logs=[[0, 0], [0, 0]]), 1)
+
+
+def test_an_interval_is_of_users():
+    """As wide as the central limit theorem says; rows that say the same of the same user tell nothing more."""
+    random = np.random.default_rng(1)
+    values, users = random.random(400), np.arange(400)
+    low, high = interval(values, users)
+    error = values.std() / math.sqrt(400)
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1) and low < values.mean() < high
+    assert interval(np.tile(values, 5), np.tile(users, 5)) == pytest.approx((low, high))
+    assert interval(np.ones(9), np.arange(9)) == (1, 1)
+
+
+def test_runs_that_differ_widen_an_interval():
+    sums, counts = np.full((5, 50), 0.5), np.ones((5, 50))
+    assert np.ptp(resampled_means(sums, counts)) == 0
+    sums *= np.arange(5)[:, None]
+    means = resampled_means(sums, counts)
+    assert means.mean() == pytest.approx(1, abs=0.03) and means.std() == pytest.approx(
+        sums.std() / math.sqrt(5), rel=0.1
+    )

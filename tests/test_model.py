@@ -4,15 +4,18 @@ from types import SimpleNamespace
 
 from conure import initial_model, losses, matmul, training
 from conure.losses import Objective
+from conure.processes import Shard
 from conure.samplers import LogUniformSampler, TargetSampler, uniform_probabilities
+from conure.snapshot import TrainingState
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import batch_of
 
 import pruning
-from data_loader import Vocabulary
+from data_loader import Batch, Vocabulary
 from nextitnet import CausalConv, Grid, NextItNet, read_by
 from pruning import Stage
 
@@ -164,7 +167,7 @@ def test_training_moves_only_what_the_stage_trains(stage, precision):
     objective = Objective(loss, model, stage, torch.Generator().manual_seed(1), precision)
     for _ in range(3):
         adam.zero_grad()
-        objective(torch.randint(50, (4, 12)), torch.randint(1, 7, (4,))).backward()
+        objective(batch_of(torch.randint(50, (4, 12)), torch.randint(1, 7, (4,)))).backward()
         adam.step()
     after = model.state_dict()
     for name, value in before.items():
@@ -176,13 +179,26 @@ def test_training_moves_only_what_the_stage_trains(stage, precision):
             assert torch.equal(after[name], value) == (name != "heads.2.weight"), name
 
 
+def test_a_tied_head_is_the_item_embedding_and_freezes_with_it():
+    torch.manual_seed(1)
+    model = NextItNet(items=50, channels=8, dilations=[1, 4], kernel_size=3, tied=True)
+    model.add_head(2, 7)
+    again = NextItNet(**model.architecture)
+    for each in (model, again):
+        assert each.head(1).weight is each.embedding.weight
+    convs = {layer.weight for layer in pruning.owned_weights(model)}
+    assert set(model.train_only(Stage(1, "tp"))) == set(model.parameters())
+    assert set(model.train_only(Stage(1, "ret"))) == convs | {model.head(1).bias}
+    assert set(model.train_only(Stage(2, "tp"))) == convs | {model.head(2).weight}
+
+
 def test_tables_have_a_learning_rate_of_their_own():
     model, stage = small_model(), Stage(1, "tp")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.train_only(stage)
     adam = training.adam(training.parameter_groups(model, 1, table_learning_rate=0.05), learning_rate=0.01, beta1=0.9)
     loss = losses.NextItemLoss(LogUniformSampler(50, 1.0), None)
-    loss(model, stage, torch.randint(50, (16, 12)), torch.randint(1, 50, (16,)), None).backward()
+    loss(model, stage, batch_of(torch.randint(50, (16, 12)), torch.randint(1, 50, (16,))), None).backward()
     adam.step()  # whose first step moves a weight by the learning rate, whatever the gradient's size
     rates = {"embedding.weight": 0.05, "heads.1.bias": 0.05, "blocks.0.conv1.weight": 0.01, "blocks.0.ln1.bias": 0.01}
     for name, rate in rates.items():
@@ -200,12 +216,12 @@ def test_dropout_is_of_training_alone():
 @pytest.mark.parametrize("negative_fraction", [0.5, 1.0])
 def test_bfloat16_products_are_near_those_of_float32(negative_fraction):
     model, stage = small_model(), Stage(1, "tp")
-    batch = torch.randint(1, 50, (16, 12)), torch.randint(1, 50, (16,))
+    batch = batch_of(torch.randint(1, 50, (16, 12)), torch.randint(1, 50, (16,)))
     found = []
     for precision in (torch.float32, torch.bfloat16):
         loss = losses.NextItemLoss(LogUniformSampler(50, negative_fraction), None)
         objective = Objective(loss, model, stage, torch.Generator().manual_seed(1), precision)
-        value = objective(*batch)
+        value = objective(batch)
         found.append([value, *torch.autograd.grad(value, model.train_only(stage), allow_unused=True)[:-2]])
     assert all(each.dtype == torch.float32 for each in found[1])
     assert all(0 < (near - exact).norm() <= 0.15 * exact.norm() for exact, near in list(zip(*found))[1:])
@@ -219,7 +235,7 @@ def test_bfloat16_gradients_vanish_where_the_model_is_sure():
     for precision in (torch.float32, torch.bfloat16):
         hidden = (weight[labels] / 2).requires_grad_()
         with torch.autocast("cpu", precision, enabled=precision == torch.bfloat16):
-            loss = losses.full_softmax(hidden, torch.arange(64), labels, weight)
+            loss = losses.full_softmax(hidden, torch.arange(64), labels, labels[:, None], weight)
         found.append([loss / 64, *torch.autograd.grad(loss, hidden)])
     (loss, exact), (_, near) = found
     assert loss < 0.1 and (near - exact).norm() < 0.02 * exact.norm()
@@ -232,8 +248,8 @@ def test_full_softmax_and_ignored_labels():
     loss = losses.NextItemLoss(LogUniformSampler(50, 1.0), ignored_label=7)
     scores = model.head(1)(model(inputs, Stage(1, "tp")))
     expected = F.cross_entropy(scores.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=7)
-    torch.testing.assert_close(loss(model, Stage(1, "tp"), inputs, targets, None), expected)
-    nothing = loss(model, Stage(1, "tp"), torch.full((2, 5), 7), torch.full((2,), 7), None)
+    torch.testing.assert_close(loss(model, Stage(1, "tp"), batch_of(inputs, targets), None), expected)
+    nothing = loss(model, Stage(1, "tp"), batch_of(torch.full((2, 5), 7), torch.full((2,), 7)), None)
     assert nothing == 0
 
 
@@ -245,27 +261,63 @@ def test_later_tasks_losses_are_torchs_and_leave_out_what_is_unknown(bias):
         torch.nn.init.normal_(model.head(2).bias)
     targets, penalty = torch.tensor([1, 6, 3, 3, 2]), 0.1 * model.head(2).weight.square().sum() / 2
     scores = model.scores(user, stage)
-    ours = losses.TargetLoss(0.1)(model, stage, user, targets, None)
+    ours = losses.TargetLoss(0.1, targets[:, None].numpy().__getitem__)(model, stage, batch_of(user, targets), None)
     torch.testing.assert_close(ours, F.cross_entropy(scores[:, 1:], targets - 1) + penalty)
     pair = losses.PairLoss(losses.bpr, TargetSampler(uniform_probabilities(7)), 0.1)
     negatives = pair.sampler.draw(targets, torch.Generator().manual_seed(1))
     margin = (scores.gather(1, targets[:, None]) - scores.gather(1, negatives[:, None])).squeeze(1)
-    ours = pair(model, stage, user, targets, torch.Generator().manual_seed(1))
+    ours = pair(model, stage, batch_of(user, targets), torch.Generator().manual_seed(1))
     torch.testing.assert_close(ours, -F.logsigmoid(margin).mean() + penalty)
 
 
 def test_each_row_of_a_batch_is_encoded_once_with_the_loss_of_every_example():
+    """And its targets, in the batch or not, are not each other's negatives."""
     model, stage, user = small_model(), Stage(2, "tp"), torch.randint(50, (3, 12))
-    model.add_head(2, 7)
-    row_of, targets, encoded = torch.tensor([0, 2, 0, 1, 0, 2]), torch.tensor([1, 6, 3, 3, 2, 6]), []
+    model.add_head(2, 9)
+    row_of, targets, encoded = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([1, 3, 3, 6, 2, 6]), []
+    known = np.array([[1, 3, 8, 0], [3, 0, 0, 4], [2, 7, 6, 5]])
+    batch = Batch(np.array([4, 6, 9]), user, row_of, targets)
+    loss = losses.TargetLoss(0.1, lambda rows: known[rows // 3 - 1])
     with model.embedding.register_forward_hook(lambda module, ids, output: encoded.append(output.shape[1])):
-        together = losses.TargetLoss(0.1)(model, stage, user[row_of], targets, None)
+        ours = loss(model, stage, batch, None)
     assert encoded == [losses.ENCODED_ROWS]  # three, and what they are padded to
-    ones = (slice(place, place + 1) for place in range(6))
-    apart = [losses.TargetLoss(0.1)(model, stage, user[row_of[one]], targets[one], None) for one in ones]
+    scores = model.scores(user[row_of], stage)
+    for example, (row, target) in enumerate(zip(row_of, targets)):
+        scores[example, [0, *(set(known[row].tolist()) - {target.item()})]] = -torch.inf
+    expected = F.cross_entropy(scores, targets) + 0.1 * model.head(2).weight.square().sum() / 2
     trained = model.train_only(stage)
-    found = [[loss, *torch.autograd.grad(loss, trained)] for loss in (together, torch.stack(apart).mean())]
+    found = [[loss, *torch.autograd.grad(loss, trained, retain_graph=True)] for loss in (ours, expected)]
     torch.testing.assert_close(*found)
+
+
+def test_the_shares_of_a_batch_add_up():
+    model, stage, user = small_model(), Stage(2, "tp"), torch.randint(50, (3, 12))
+    batch = Batch(np.arange(3), user, torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([1, 3, 3, 6, 2, 6]))
+    loss = losses.TargetLoss(0.1, np.array([[1, 3, 0], [3, 0, 0], [2, 6, 0]]).__getitem__)
+    pair = losses.PairLoss(losses.bpr, TargetSampler(uniform_probabilities(7)), 0.1)
+    for each in (loss, pair):
+        whole, *shares = (
+            each(model, stage, batch, torch.Generator().manual_seed(1), Shard(number, count))
+            for number, count in [(0, 1), *((number, 4) for number in range(4))]
+        )
+        torch.testing.assert_close(sum(shares), whole)
+
+
+def test_weights_are_averaged_with_those_that_never_change_as_they_are():
+    """Every weight that a float can be: 7 additions and a division would move many of them."""
+    moving, frozen = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.randn(10_000))
+    before, state = frozen.detach().clone(), TrainingState([moving, frozen], None, [])
+    with state.averaged():
+        assert (moving == 0).all(), "nothing is averaged yet"
+    for step in range(7):
+        torch.nn.init.constant_(moving, step)
+        state.average()
+    with state.averaged():
+        assert moving.tolist() == pytest.approx([3] * 3) and torch.equal(frozen, before)
+        state.keep_if_best(0.5)
+    assert (moving == 6).all() and torch.equal(frozen, before)
+    state.restore_best()
+    assert moving.tolist() == pytest.approx([3] * 3)
 
 
 @pytest.mark.parametrize("by_user", [False, True])
@@ -291,18 +343,20 @@ def test_an_informed_head_is_held_near_the_rows_of_task_1():
     start, weight, wanted = torch.zeros(7, 8), model.head(2).weight, torch.tensor([1, 6, 3, 3, 2])
     start[[1, 3, 4, 6]] = model.head(1).weight[[4, 9, 49, 1]].detach()
     for expected in (0.1 * (weight - start).square().sum() / 2, 0):
-        with_penalty, without = (losses.TargetLoss(l2)(model, stage, user, wanted, None) for l2 in (0.1, 0))
+        known = wanted[:, None].numpy().__getitem__
+        both = (losses.TargetLoss(l2, known)(model, stage, batch_of(user, wanted), None) for l2 in (0.1, 0))
+        with_penalty, without = both
         torch.testing.assert_close(with_penalty, without + expected)
         with torch.no_grad():
             weight.copy_(start)
 
 
-def plain_sampled_softmax(hidden, labels, head, negatives, label_counts, negative_counts):
+def plain_sampled_softmax(hidden, labels, left_out, head, negatives, label_counts, negative_counts):
     """As losses.sampled_softmax, with all logits at once."""
     own = (hidden * head.weight[labels]).sum(dim=1) + head.bias[labels] - label_counts.log()
     others = hidden @ head.weight[negatives].T + head.bias[negatives] - negative_counts.log()
-    others = others.masked_fill(negatives == labels[:, None], -torch.inf)
-    return (torch.cat([own[:, None], others], dim=1).logsumexp(dim=1) - own).sum()
+    hits = (negatives == torch.column_stack([labels, left_out])[:, :, None]).any(dim=1)
+    return (torch.cat([own[:, None], others.masked_fill(hits, -torch.inf)], dim=1).logsumexp(dim=1) - own).sum()
 
 
 @pytest.mark.parametrize("at_once", [1, 60, 1 << 26])
@@ -312,15 +366,29 @@ def test_sampled_softmax_in_blocks_is_that_of_all_logits_at_once(monkeypatch, at
     torch.manual_seed(1)
     head, hidden = small_model().head(1), (5 * torch.randn(9, 8)).requires_grad_()
     labels, negatives = torch.tensor([3, 3, 49, 0, 7, 8, 9, 1, 2]), torch.tensor([7, 3, 20, 21, 22, 23, 1, 24, 25, 49])
-    counts = torch.rand(9), torch.rand(10)
-    results = []
+    left_out, counts, results = torch.randint(50, (9, 20)), (torch.rand(9), torch.rand(10)), []
+    left_out[0] = negatives.repeat(2)  # nothing is left for this one
     for function in (losses.sampled_softmax, plain_sampled_softmax):
-        loss = function(hidden, labels, head, negatives, *counts)
+        loss = function(hidden, labels, left_out, head, negatives, *counts)
         results.append([loss, *torch.autograd.grad(3 * loss, (hidden, head.weight, head.bias))])
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
 def test_sampled_softmax_of_all_items_at_equal_counts_is_the_full_softmax():
     head, hidden, labels = small_model().head(1), torch.randn(9, 8), torch.randint(50, (9,))
-    ours = losses.sampled_softmax(hidden, labels, head, torch.arange(50), torch.ones(9), torch.ones(50))
+    counts = torch.ones(9), torch.ones(50)
+    ours = losses.sampled_softmax(hidden, labels, labels.new_empty(9, 0), head, torch.arange(50), *counts)
     torch.testing.assert_close(ours, F.cross_entropy(head(hidden), labels, reduction="sum"))
+
+
+@pytest.mark.parametrize("negative_fraction", [0.5, 1.0])
+def test_items_before_a_position_are_no_negatives_of_it(negative_fraction):
+    """Of items that follow in a circle every other one: scores of what came before have no gradient."""
+    model, stage = small_model(), Stage(1, "tp")
+    batch = batch_of(torch.arange(1, 13).repeat(2, 1), torch.tensor([13, 14]))
+    found = []
+    for earlier_items in (True, False):
+        loss = losses.NextItemLoss(LogUniformSampler(50, negative_fraction), None, earlier_items)
+        gradient = torch.autograd.grad(loss(model, stage, batch, torch.Generator().manual_seed(1)), model.head(1).bias)
+        found.append(gradient[0])
+    assert (found[0][1:2] > 0).all() and (found[1][1:2] == 0).all()

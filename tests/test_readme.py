@@ -132,10 +132,11 @@ def assert_learned(copy: Path, task: int) -> None:
     items, targets = (data_loader.Vocabulary.from_tensor(each) for each in (content["items"], record["targets"]))
     data = data_loader.load_examples(record["data_path"], data_loader.Split(0.2), items, targets)
     assert Path(record["data_path"]).parent == copy / "Data" / "Session"
-    if record["metric"] == "accuracy":
+    if record["protocol"]["metric"] == "accuracy":
         assert len(targets) == 1 + 8
-        inputs, wanted = data.batch(data.splits["test"])
+        batch = data.batch(data.splits["test"])
         with torch.no_grad():
-            scores = checkpoint.build_model(content).scores(inputs, Stage(task, "inference"))
-        right = (scores[:, 1:].argmax(dim=1) + 1 == wanted).double().mean().item()
-        assert record["results"]["ret"]["test"] == {"accuracy": right, "n": len(wanted)}
+            scores = checkpoint.build_model(content).scores(batch.inputs[batch.row_of], Stage(task, "inference"))
+        right = (scores[:, 1:].argmax(dim=1) + 1 == batch.targets).double().mean().item()
+        recorded = record["results"]["ret"]["test"]
+        assert (recorded["accuracy"], recorded["n"]) == (right, len(batch.targets))

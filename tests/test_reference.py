@@ -10,11 +10,12 @@ import os
 import re
 from pathlib import Path
 
-from conure import losses, metrics, samplers, settings
+from conure import losses, ranking, samplers, settings
 
 import numpy as np
 import pytest
 import torch
+from conftest import batch_of
 from torch import Tensor
 
 import data_loader
@@ -181,16 +182,17 @@ def test_task_1_hidden_states_losses_and_predictions(recording):
         own, others = (sampler.expected_count(ids, sampler.draws) for ids in (labels, sampler.ids))
         close(own, recording.tensor(f"{prefix}/true_expected_count"))
         close(others, recording.tensor(f"{prefix}/sampled_expected_count"))
-        rows = zip(hidden.flatten(0, 1).split(1), labels.split(1), own.split(1))
-        each = [losses.sampled_softmax(*row, model.head(1), sampler.ids, count, others) for *row, count in rows]
+        rows, nothing = zip(hidden.flatten(0, 1).split(1), labels.split(1), own.split(1)), labels.new_empty(1, 0)
+        given = nothing, model.head(1), sampler.ids
+        each = [losses.sampled_softmax(*row, *given, count, others) for *row, count in rows]
         each = torch.stack(each)
         close(each, recording.tensor(f"{prefix}/loss_per_position"))
-        close(recording.loss(1, mode)(model, stage, inputs, targets, None), each.mean())
+        close(recording.loss(1, mode)(model, stage, batch_of(inputs, targets), None), each.mean())
         scores = model.scores(inputs, stage)
         close(scores.softmax(dim=1), recording.tensor(f"{prefix}/next_item_probs"))
         assert torch.equal(scores.topk(5).indices, recording.tensor(f"{prefix}/top5"))
         for place, ids in enumerate(recording.tensor(f"{prefix}/top5").T, start=1):
-            assert (metrics.target_ranks(scores, ids) == place).all()
+            assert (ranking.target_ranks(scores, ids) == place).all()
 
 
 @pytest.mark.parametrize("draws", [9, 10, 14])
@@ -218,14 +220,14 @@ def test_later_tasks_hidden_states_scores_and_losses(recording):
         close(losses.bpr(positive, negative).mean(), bpr)
         close(losses.bce(positive, negative).mean(), recording.tensor(f"{prefix}/bce"))
         assert recording.config["l2"][task - 2] == pytest.approx(float(recording.arrays[f"task{task}/l2"]))
-        close(recording.loss(task, stage.mode)(model, stage, inputs, targets, None), bpr + penalty)
+        close(recording.loss(task, stage.mode)(model, stage, batch_of(inputs, targets), None), bpr + penalty)
 
 
 def test_gradients_are_the_originals_and_zero_on_owned_weights(recording):
     for stage in every_stage(recording):
         model = recording.start(*stage)
         model.train_only(stage)
-        recording.loss(*stage)(model, stage, *recording.batch(stage.task), None).backward()
+        recording.loss(*stage)(model, stage, batch_of(*recording.batch(stage.task)), None).backward()
         for name, parameter in model.named_parameters():
             if "conv" in name:
                 layer = name.replace("blocks.", "block").removesuffix(".weight")
@@ -264,7 +266,7 @@ def test_weights_after_the_optimiser_steps(recording, optimiser, tolerance):
         adam = optimiser(model.train_only(stage), lr=recording.config["learning_rate"])
         for _ in range(recording.config["adam_steps"]):
             adam.zero_grad()
-            recording.loss(*stage)(model, stage, *recording.batch(stage.task), None).backward()
+            recording.loss(*stage)(model, stage, batch_of(*recording.batch(stage.task)), None).backward()
             adam.step()
         after = model.state_dict()
         for ours, theirs in recording.parameters(f"after_{stage.mode}_t{stage.task}").items():

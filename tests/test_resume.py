@@ -153,8 +153,9 @@ def test_a_run_resumed_on_another_device_goes_on_with_that_ones_numbers(killed, 
 
 
 def test_a_run_resumed_within_an_epoch_has_the_bits_of_an_untouched_one(demo, tmp_path, run_here, monkeypatch):
-    """With dropout, sampled negatives and a decaying learning rate, interrupted at every third step."""
-    settings = ["--epochs", "2", "--batch_size", "100", "--snapshot_minutes", "1e-9", *SMALL[:4]]
+    """With dropout, sampled negatives, a decaying learning rate and averaging, interrupted at every third step."""
+    settings = ["--epochs", "2", "--batch_size", "100", "--average_last", "0.7", "--snapshot_minutes", "1e-9"]
+    settings += SMALL[:4]
     folders = tmp_path / "a", tmp_path / "b"
     places = [[*flags(folder, 1), *flags(demo, 1)[:2]] for folder in folders]
     assert run_here("conure_tp_t1.py", *places[0], *settings)[0] == 0

@@ -134,7 +134,7 @@ class Comparison(study.Study):
     def evaluate(self, content: dict[str, Any]) -> dict[int, dict[str, float]]:
         """The test scores of all tasks that a model has learned, as they are now."""
         model, given = checkpoint.build_model(content), (self.hp.data_dir, pick_device(self.hp.device))
-        return {number: rescoring.score(number, content, model, *given)["test"] for number in content["tasks"]}
+        return {number: rescoring.score(number, content, model, *given) for number in content["tasks"]}
 
     def rows(self, method: str) -> Iterator[dict[str, Any]]:
         """A row for every task that the method has learned: scores on test, parameters, bytes, seconds."""

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from conure import checkpoint, launch, losses, metrics
+from conure import checkpoint, launch, losses, metrics, ranking
 from conure.device import pick_device
 from conure.files import check_output, whole_file
 from conure.fingerprint import fingerprints
+from conure.metrics import Protocol
 from conure.settings import Range
 
 import pandas as pd
@@ -74,9 +75,9 @@ class Capacity(study.Study):
         content["model"], record, device = model.state_dict(), content["tasks"][1], pick_device(hp.device)
         stage = checkpoint.stage_of_state(1, "pruned")
         record["prune_ratio"], record["fingerprint"] = ratio, fingerprints(model, content)[1]
-        record["results"]["pruned"] = metrics.evaluate(
-            model.to(device), self.data(1), stage, record["metric"], record["top_k"], device
-        )
+        protocol = Protocol(**record["protocol"])
+        ranks = ranking.rank_held_out(model.to(device), self.data(1), stage, device, protocol)
+        record["results"]["pruned"] = {split: metrics.score(each, protocol) for split, each in ranks.items()}
         checkpoint.save(path, content)
 
     def model(self, percent: int, parts: list[data_loader.TaskData]) -> Iterator[dict[str, Any]]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data_loader
+from data_loader import Batch
 from nextitnet import CausalConv, NextItNet
 from pruning import Stage
 
@@ -86,8 +87,8 @@ class JointLoss:
     def __init__(self, own: losses.Loss, first: losses.Loss, data: data_loader.TaskData, batch_size: int):
         self.own, self.first, self.data, self.batch_size = own, first, data, batch_size
 
-    def __call__(self, model: NextItNet, stage: Stage, inputs: Tensor, targets: Tensor, generator, shard):
+    def __call__(self, model: NextItNet, stage: Stage, batch: Batch, generator, shard):
         examples = self.data.splits["train"]
         drawn = examples[torch.randint(len(examples), (self.batch_size,), generator=generator).numpy()]
-        first = self.first(model, Stage(1, stage.mode), *self.data.batch(drawn), generator, shard)
-        return self.own(model, stage, inputs, targets, generator, shard) + first
+        first = self.first(model, Stage(1, stage.mode), self.data.batch(drawn), generator, shard)
+        return self.own(model, stage, batch, generator, shard) + first

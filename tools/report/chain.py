@@ -102,7 +102,7 @@ def read(folder: str, data_dir: str, device: torch.device) -> Chain:
             elif seen.get(task) == reads:
                 cell = chain.cells[task, chain.stages[-1]]._replace(source="same")
             else:
-                cell = cell_of(rescoring.score(task, content, model, data_dir, device)["test"], "scored")
+                cell = cell_of(rescoring.score(task, content, model, data_dir, device), "scored")
             seen[task] = reads
             chain.cells[task, stage] = cell
         chain.stages.append(stage)

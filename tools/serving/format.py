@@ -4,7 +4,7 @@
     task, metric   the task, and how it is scored
     architecture   the arguments of NextItNet
     length         items in a row: shorter rows are padded on the left, longer ones lose their oldest items
-    weights        embedding, position embedding, layer norms and the task's head
+    weights        embedding, position embedding, layer norms and the task's head, if that is not tied to the first
     conv           of each conv layer: its shape, the mask of the weights that the task reads (one bit each), and those
     items, targets the vocabularies, each as one uint8 tensor
 
@@ -25,7 +25,7 @@ import torch
 import pruning
 from nextitnet import NextItNet
 
-FORMAT = 2
+FORMAT = 3
 
 
 def path_of(folder: str, task: int) -> str:
@@ -41,14 +41,15 @@ def extract(content: dict[str, Any], task: int, dtype: torch.dtype) -> dict[str,
         weight = state.pop(f"{name}.weight")
         bits = torch.from_numpy(np.packbits(readable.numpy()))
         conv[name] = {"shape": list(weight.shape), "readable": bits, "weights": weight[readable].to(dtype)}
-    other_heads = tuple(f"heads.{other}." for other in content["tasks"] if other != task)
+    unread = [f"heads.{other}." for other in content["tasks"] if other != task]
+    unread += ["heads.1.weight"] * content["architecture"]["tied"]
     return {
         "format": FORMAT,
         "task": task,
-        "metric": record["metric"],
+        "metric": record["protocol"]["metric"],
         "architecture": content["architecture"],
         "length": record["length"],
-        "weights": {name: value.to(dtype) for name, value in state.items() if not name.startswith(other_heads)},
+        "weights": {name: value.to(dtype) for name, value in state.items() if not name.startswith(tuple(unread))},
         "conv": conv,
         "items": content["items"],
         "targets": record["targets"],
@@ -91,6 +92,8 @@ def build_model(content: dict[str, Any]) -> NextItNet:
         weight[readable] = layer["weights"].float()
         state[f"{name}.weight"] = weight.view(layer["shape"])
         state[f"{name}.owner"] = (readable * task).to(torch.uint8).view(layer["shape"])
+    if task == 1 and content["architecture"]["tied"]:
+        state["heads.1.weight"] = state["embedding.weight"]
     with torch.device("meta"):  # draws no initial values
         model = NextItNet(**content["architecture"])
         if task > 1:

@@ -9,7 +9,7 @@ from conure.errors import InputError
 from conure.files import check_output
 from conure.line_reader import missing, read_lines
 from conure.matmul import wide_linear
-from conure.metrics import EVALUATION_BATCH, SCORES_AT_ONCE
+from conure.ranking import EVALUATION_BATCH, SCORES_AT_ONCE
 from conure.settings import Device, Task
 
 import numpy as np

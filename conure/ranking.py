@@ -1,0 +1,196 @@
+"""Exact ranks of targets among all items or classes, and among those that a user is not known to have chosen."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from conure import processes
+from conure.errors import InputError
+from conure.matmul import wide_linear
+from conure.metrics import Protocol, Ranks
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_loader import TaskData, pad_left
+from nextitnet import NextItNet
+from pruning import Stage
+
+EVALUATION_BATCH = 256  # one size for all, because a matrix product's last bits may depend on the shape
+COMPARED_AT_ONCE = 8192  # scores of a row, which a CPU's cache then still holds when they are counted
+SCORES_AT_ONCE = 1 << 26  # 256 MB, whatever the number of items
+MAX_POSITIONS = 1 << 14  # of a split, that are ranked besides the last ones
+CHOSEN_AGAIN = 0.01  # share of training targets among their row's items, up to which `auto` leaves those out
+
+
+def left_out(hp: Any, data: TaskData) -> str:
+    """The hyperparameter `leave_out`, with `auto` decided by the data; nothing where a task has none."""
+    if getattr(hp, "leave_out", "nothing") != "auto":
+        return getattr(hp, "leave_out", "nothing")
+    return "known" if chosen_again(data) <= CHOSEN_AGAIN else "targets"
+
+
+def protocol_of(hp: Any, metric: str, data: TaskData) -> Protocol:
+    """How a task with these hyperparameters is evaluated."""
+    return Protocol(metric, hp.top_k, left_out(hp, data), getattr(hp, "all_positions", False))
+
+
+def as_targets(data: TaskData) -> Callable[[np.ndarray], np.ndarray]:
+    """What gives the targets that have the tokens of items, 0 where there is none; ids of any shape, int32."""
+    if data.target_vocabulary is data.items:
+        return lambda items: items
+    return data.target_vocabulary.look_up(data.items.tokens).__getitem__
+
+
+def chosen_again(data: TaskData) -> float:
+    """The share of training examples whose target is one of their row's items."""
+    train, to_targets = data.splits["train"], as_targets(data)
+    parts = np.array_split(train, len(train) * data.rows.shape[1] // SCORES_AT_ONCE + 1)
+    again = ((to_targets(data.rows[data.users[part]]) == data.targets[part, None]).any(axis=1).sum() for part in parts)
+    return sum(map(int, again)) / max(len(train), 1)
+
+
+class Known:
+    """The targets that users are known to have chosen, by row."""
+
+    def __init__(self, data: TaskData, leave_out: str):
+        self.data = data
+        self.to_targets = as_targets(data) if leave_out == "known" else None
+        train = data.splits["train"] if leave_out != "nothing" else np.empty(0, np.int64)
+        by_row = train[np.argsort(data.users[train], kind="stable")]
+        self.targets = data.targets[by_row]
+        self.first = np.searchsorted(data.users[by_row], np.arange(len(data.rows) + 1))  # of each row in `targets`
+
+    def of_rows(self, rows: np.ndarray) -> np.ndarray:
+        """(R, M) ids, each once and 0 elsewhere; where items are left out they come first, at their own places."""
+        begin, end = self.first[rows], self.first[rows + 1]
+        counts = end - begin
+        places = np.repeat(begin - np.concatenate([[0], counts[:-1].cumsum()]), counts) + np.arange(counts.sum())
+        known = pad_left(self.targets[places], counts, int(counts.max(initial=0)), 0)
+        if self.to_targets:
+            known = np.concatenate([self.to_targets(self.data.rows[rows]), known], axis=1)
+        return without_repeats(known)
+
+
+def without_repeats(ids: np.ndarray) -> np.ndarray:
+    """(R, M) → the same, with 0 in place of all but the first of equal ids in a row."""
+    order = np.argsort(ids, axis=1, kind="stable")
+    ordered = np.take_along_axis(ids, order, axis=1)
+    ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]] = 0
+    distinct = np.empty_like(ids)
+    np.put_along_axis(distinct, order, ordered, axis=1)
+    return distinct
+
+
+def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
+    """Ranks (B,), from 1, of `targets` (B,) by `scores` (B, n): every other score that is not lower ranks before it.
+
+    So ties and NaN count against the model.
+    """
+    own = scores.gather(1, targets[:, None])
+    lower = sum((part < own).sum(dim=1, dtype=torch.int32) for part in scores.split(COMPARED_AT_ONCE, dim=1))
+    return scores.shape[1] - lower.long()
+
+
+def known_before(scores: Tensor, targets: Tensor, known: Tensor) -> Tensor:
+    """How many of `known` (B, M) rank before their target, which is not one of them, nor is id 0; (B,)."""
+    before = ~(scores.gather(1, known) < scores.gather(1, targets[:, None]))
+    return (before & (known > 0) & (known != targets[:, None])).sum(dim=1)
+
+
+class Ranker:
+    """Ranks examples of a task by a model, each process its share. InputError if the model has diverged."""
+
+    def __init__(
+        self, model: NextItNet, data: TaskData, stage: Stage, device: torch.device, leave_out: str = "nothing"
+    ):
+        model.eval()
+        self.model, self.data, self.stage, self.device = model, data, stage, device
+        self.head, self.known = model.head(stage.task), Known(data, leave_out)
+        self.at_once = min(EVALUATION_BATCH, max(1, SCORES_AT_ONCE // self.head.out_features))
+        self.buffer = torch.empty(self.at_once, self.head.out_features, device=device)
+
+    def scores(self, states: Tensor) -> Tensor:
+        """(B, n) of states (B, C), B at most `at_once`; the next call overwrites them."""
+        if not states.isfinite().all():
+            raise InputError("the model's states are not finite: train it again with a lower --learning_rate")
+        scores = self.buffer[: len(states)]
+        wide_linear(states, self.head.weight, self.head.bias, out=scores)
+        scores[:, 0] = -torch.inf  # <UNK> is no item and no class, and nobody's target
+        return scores
+
+    def to_device(self, ids: np.ndarray) -> Tensor:
+        return torch.from_numpy(ids).long().to(self.device)
+
+    def batches(self, rows: np.ndarray) -> Iterator[tuple[slice, Tensor, np.ndarray]]:
+        """This process's batches of `rows`: where they stand there, their inputs, and what is known of them."""
+        shard = processes.own_shard()
+        for start in range(shard.number * EVALUATION_BATCH, len(rows), shard.count * EVALUATION_BATCH):
+            part = slice(start, min(start + EVALUATION_BATCH, len(rows)))
+            yield part, self.to_device(self.data.rows[rows[part]]), self.known.of_rows(rows[part])
+
+    @torch.no_grad()
+    def rank(self, examples: np.ndarray, probabilities: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ranks of the examples' targets, (N,) each: without what is left out, and among all; and, if they are asked
+        for, the log probabilities of all targets but `<UNK>`, (N, n - 1).
+
+        A row is encoded once, however many of the examples are of it.
+        """
+        rows, row_of = np.unique(self.data.users[examples], return_inverse=True)
+        by_row = np.argsort(row_of, kind="stable")
+        first = np.searchsorted(row_of[by_row], np.arange(len(rows) + 1))  # of each row's examples in `by_row`
+        ranks = torch.zeros(2, len(examples), dtype=torch.int64, device=self.device)
+        logs = torch.zeros(len(examples), (self.head.out_features - 1) * probabilities, device=self.device)
+        for batch, inputs, known in self.batches(rows):
+            users = self.model.user_representation(inputs, self.stage)
+            for begin in range(first[batch.start], first[batch.stop], self.at_once):
+                part = by_row[begin : min(begin + self.at_once, first[batch.stop])]
+                own = row_of[part] - batch.start
+                scores, targets = self.scores(users[own]), self.to_device(self.data.targets[examples[part]])
+                raw = target_ranks(scores, targets)
+                ranks[:, part] = torch.stack([raw - known_before(scores, targets, self.to_device(known[own])), raw])
+                if probabilities:
+                    logs[part] = scores[:, 1:].log_softmax(dim=1)
+        return (*processes.total(ranks).cpu().numpy(), processes.total(logs).cpu().numpy())
+
+    @torch.no_grad()
+    def rank_positions(self, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Task 1: row (M,) and rank (M,) of the next item at all positions of the examples' rows, without what is left
+        out of what came before it; padding does not count. The first rows of the examples, if there are too many.
+        """
+        rows = self.data.users[examples]
+        labels = np.column_stack([self.data.rows[rows][:, 1:], self.data.targets[examples]])
+        real = (labels != self.data.padding_id) & (self.data.rows[rows] != self.data.padding_id)
+        enough = np.searchsorted(real.sum(axis=1).cumsum(), MAX_POSITIONS, side="right")
+        rows, labels, real = (each[: max(enough, 1)] for each in (rows, labels, real))
+        first = np.concatenate([[0], real.sum(axis=1).cumsum()])  # of each row's positions among all
+        ranks = torch.zeros(first[-1], dtype=torch.int64, device=self.device)
+        for batch, inputs, known in self.batches(rows):
+            row, place = real[batch].nonzero()
+            states = self.model(inputs, self.stage)[self.to_device(row), self.to_device(place)]
+            for begin in range(0, len(row), self.at_once):
+                part = slice(begin, begin + self.at_once)
+                earlier = np.where(np.arange(known.shape[1]) <= place[part, None], known[row[part]], 0)
+                scores, targets = self.scores(states[part]), self.to_device(labels[batch][row[part], place[part]])
+                before = known_before(scores, targets, self.to_device(earlier))
+                places = slice(first[batch.start] + begin, first[batch.start] + begin + len(targets))
+                ranks[places] = target_ranks(scores, targets) - before
+        return np.repeat(rows, np.diff(first)), processes.total(ranks).cpu().numpy()
+
+
+def rank(
+    model: NextItNet, data: TaskData, examples: np.ndarray, stage: Stage, device: torch.device, protocol: Protocol
+) -> Ranks:
+    """Ranks of the targets of `examples`, in their order. InputError if the model has diverged."""
+    ranker = Ranker(model, data, stage, device, protocol.leave_out)
+    ranks, raw, logs = ranker.rank(examples, protocol.metric == "accuracy")
+    positions = ranker.rank_positions(examples if protocol.all_positions else examples[:0])
+    return Ranks(data.users[examples], data.targets[examples], ranks, raw, *positions, logs)
+
+
+def rank_held_out(
+    model: NextItNet, data: TaskData, stage: Stage, device: torch.device, protocol: Protocol
+) -> dict[str, Ranks]:
+    """Of validation, of test, and of both together, heldout, which is the original's test part."""
+    ranks = {split: rank(model, data, data.splits[split], stage, device, protocol) for split in ("validation", "test")}
+    return ranks | {"heldout": ranks["validation"] + ranks["test"]}

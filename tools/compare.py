@@ -1,0 +1,63 @@
+"""Compare two checkpoint folders task by task: the difference of their test scores, and how well it is known.
+
+Both must have learned a task from the same data with the same split. The difference is paired: each test example counts
+with what one chain gains on it over the other. Its interval comes from a bootstrap over users (95 %).
+
+READS  the newest checkpoint of A and of B, and the ranks of the test examples that it keeps
+NEXT   the same with other seeds and splits: an interval of one pair of runs leaves out what another seed would change
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from conure import checkpoint, launch, metrics
+from conure.errors import InputError
+from conure.metrics import Protocol
+from conure.settings import positional
+
+import numpy as np
+
+
+@dataclass
+class Hyperparameters:
+    a: str = positional()  # a checkpoint folder
+    b: str = positional()  # another one
+
+
+def tasks_of(folder: str) -> dict[int, dict[str, Any]]:
+    return checkpoint.load(checkpoint.newest(folder))[0]["tasks"]
+
+
+def check_comparable(task: int, a: dict[str, Any], b: dict[str, Any]) -> None:
+    """InputError if the records of two tasks are not of the same test examples, scored the same way."""
+    for name, meant in (("data_digest", "data"), ("split", "splits"), ("protocol", "protocols")):
+        if a[name] != b[name]:
+            shown = "" if name == "data_digest" else f" ({a[name]} and {b[name]})"
+            raise InputError(f"task {task} has other {meant} in the two folders{shown}: compare what was scored alike")
+
+
+def values(record: dict[str, Any]) -> tuple[str, np.ndarray, np.ndarray]:
+    """The name of the task's first score, its value for each test example or position, and the user of each."""
+    protocol, ranks = Protocol(**record["protocol"]), record["ranks"]
+    prefix = "position_" if protocol.all_positions else ""
+    users, ranks = (ranks[prefix + name].numpy() for name in ("users", "ranks"))
+    name = next(iter(record["results"][record["state"]]["test"]))
+    if protocol.metric == "accuracy":
+        return name, (ranks <= protocol.top_k).astype(float), users
+    return name, metrics.reciprocal_ranks(ranks, protocol.top_k), users
+
+
+def main(hp: Hyperparameters) -> None:
+    a, b = tasks_of(hp.a), tasks_of(hp.b)
+    for task in sorted(a.keys() & b.keys()):
+        check_comparable(task, a[task], b[task])
+        (name, first, users), (_, second, _) = values(a[task]), values(b[task])
+        low, high = metrics.interval(second - first, users)
+        verdict = "b is better" if low > 0 else "a is better" if high < 0 else "no difference that this test part shows"
+        means, count = f"a {first.mean():.4f}, b {second.mean():.4f}", len(np.unique(users))
+        difference = f"b - a {np.mean(second - first):+.4f} [{low:+.4f}, {high:+.4f}]"
+        print(f"task {task}, {name}: {means}, {difference}, {count:,} users: {verdict}")
+
+
+if __name__ == "__main__":
+    launch.run(main, Hyperparameters, __doc__)
