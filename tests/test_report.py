@@ -149,7 +149,8 @@ def test_a_broken_weight_is_seen_and_counted(chain_copy, tmp_path, run_here):
     change(copy / "ret_t4.pt", break_weights)
     page = made(copy, tmp_path / "report")
     code, printed, _ = run_here("evaluate.py", "--checkpoint_dir", str(copy), "--device", "cpu")
-    scores = [float(score) for score in re.findall(r"RESULT .*?(?:mrr@5_all|mrr@5|accuracy)=(\S+) .* recorded", printed)]
+    found = re.findall(r"RESULT .*?(?:mrr@5_all|mrr@5|accuracy)=(\S+) .* recorded", printed)
+    scores = list(map(float, found))
     _, *rows = page.tables["Scores by task and stage"]
     learned = [float(row[2 * task]) for task, row in enumerate(rows, 1)]
     assert code == 1 and scores[0] < learned[0]
