@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from conure import launch
-from conure.ranking import Ranker
+from conure.ranking import ModelScorer, Ranker
 from conure.settings import Dilations, KernelSize, Length, Range, Width
 
 import numpy as np
@@ -47,7 +47,7 @@ def main(hp: Hyperparameters) -> None:
     torch.manual_seed(10)
     model = NextItNet(hp.items, hp.channels, hp.dilations, hp.kernel_size).to(bench.device())
     data, examples = make_data(hp), np.arange(hp.rows)
-    ranker = Ranker(model, data, Stage(1, "inference"), bench.device(), hp.leave_out)
+    ranker = Ranker(ModelScorer(model, data, Stage(1, "inference"), bench.device()), data, hp.leave_out)
     ranker.rank(examples[:256])  # warms up
     start = time.perf_counter()
     ranker.rank(examples)

@@ -12,7 +12,7 @@ from typing import Any
 from conure import samplers, training
 from conure.device import can_compile
 from conure.losses import NextItemLoss, Objective
-from conure.ranking import Ranker
+from conure.ranking import ModelScorer, Ranker
 
 import numpy as np
 import torch
@@ -217,6 +217,7 @@ def ranking(session: Session) -> None:
         model = train_step.make_model(session.shape())
     data = evaluate.make_data(evaluate.Hyperparameters(rows=hp.rows, items=hp.items, length=hp.length))
     examples = np.arange(hp.rows)
-    rank = partial(Ranker(model, data, Stage(1, "inference"), session.device, "known").rank, examples)
+    scorer = ModelScorer(model, data, Stage(1, "inference"), session.device)
+    rank = partial(Ranker(scorer, data, "known").rank, examples)
     seconds = session.durations("ranking", rank, 3, on_device=False)  # ends with the ranks in this process
     report("ranking", rows=hp.rows, items=hp.items, **spread(seconds), rows_per_s=hp.rows / float(np.median(seconds)))

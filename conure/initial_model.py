@@ -2,7 +2,7 @@
 
 from conure import checkpoint
 from conure.errors import InputError
-from conure.ranking import Ranker
+from conure.ranking import ModelScorer, Ranker
 from conure.stage_files import StageFiles
 
 import numpy as np
@@ -85,7 +85,8 @@ def inform(model: NextItNet, data: TaskData, stage: Stage, device: torch.device)
     size = len(data.target_vocabulary)
     ids = items_of_targets(data).to(device)
     examples, weight = data.splits["train"], model.head(stage.task).weight
-    random, known, ranker = weight.clone(), (ids > 0).nonzero().squeeze(1), Ranker(model, data, stage, device)
+    random, known = weight.clone(), (ids > 0).nonzero().squeeze(1)
+    ranker = Ranker(ModelScorer(model, data, stage, device), data)
     rows, log_ranks = model.head(1).weight[ids[known]], []
     for order in (torch.randperm(len(known)).to(device), slice(None)):
         weight[known] = rows[order]

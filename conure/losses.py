@@ -190,12 +190,13 @@ class NextItemLoss:
         """The mean over the batch, or this process's share of that sum."""
         head = model.head(1)
         device = head.weight.device
-        labels = torch.cat([batch.inputs[:, 1:], batch.targets[:, None]], dim=1)  # (B, T)
+        inputs = batch.inputs[batch.row_of]
+        labels = torch.cat([inputs[:, 1:], batch.targets[:, None]], dim=1)  # (B, T)
         counted = labels != self.ignored_label if self.ignored_label is not None else torch.ones_like(labels) > 0
         total = max(int(counted.sum()), 1)
         sampled = self.sampler.count < self.sampler.items
         negatives, draws = self.sampler.draw(generator) if sampled else (None, 0)
-        inputs, labels, counted = (shard.of(tensor) for tensor in (batch.inputs, labels, counted))
+        inputs, labels, counted = (shard.of(tensor) for tensor in (inputs, labels, counted))
         hidden = model(to_device(inputs, device), stage).transpose(0, 1).flatten(0, 1)  # (T * B, C)
         left_out = self.left_out(inputs, labels)  # (T * B, M)
         labels, counted = labels.t().flatten(), counted.t().flatten()

@@ -1,5 +1,6 @@
 """Metrics counted from ranks, and how well they are known."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -41,6 +42,11 @@ class Ranks:
         """What a checkpoint keeps: all but the log probabilities."""
         names = [field.name for field in fields(self) if field.name != "log_probabilities"]
         return {name: torch.from_numpy(getattr(self, name).astype(np.int32)) for name in names}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "Ranks":
+        ranks = {name: tensor.numpy() for name, tensor in tensors.items()}
+        return cls(**ranks, log_probabilities=np.zeros((len(ranks["users"]), 0)))
 
 
 def reciprocal_ranks(ranks: np.ndarray, k: int) -> np.ndarray:
@@ -91,7 +97,9 @@ def accuracy_scores(ranks: Ranks, k: int) -> dict[str, float]:
     suffix = "" if k == 1 else f"@{k}"
     scores = {f"accuracy{suffix}": hit_rate(ranks.ranks, k)}
     scores |= {f"balanced_accuracy{suffix}": balanced_accuracy(ranks.targets, ranks.ranks, k)}
-    return scores | ({"auc": auc(ranks.targets, ranks.log_probabilities)} if np.ptp(ranks.targets) else {})
+    if np.ptp(ranks.targets) and ranks.log_probabilities.size:
+        scores["auc"] = auc(ranks.targets, ranks.log_probabilities)
+    return scores
 
 
 # What a task reports; the first score of each selects the best state on validation.
@@ -101,6 +109,15 @@ METRICS = {"ranking": ranking_scores, "accuracy": accuracy_scores}
 def score(ranks: Ranks, protocol: Protocol) -> dict[str, float]:
     """The task's metrics, and the number of examples, `n`."""
     return {**METRICS[protocol.metric](ranks, protocol.top_k), "n": len(ranks.ranks)}
+
+
+def first_values(ranks: Ranks, protocol: Protocol) -> tuple[np.ndarray, np.ndarray]:
+    """What the task's first score is the mean of, (N,), and the user of each, (N,)."""
+    if protocol.metric == "accuracy":
+        return (ranks.ranks <= protocol.top_k).astype(float), ranks.users
+    if protocol.all_positions:
+        return reciprocal_ranks(ranks.position_ranks, protocol.top_k), ranks.position_users
+    return reciprocal_ranks(ranks.ranks, protocol.top_k), ranks.users
 
 
 def resampled_means(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -116,8 +133,11 @@ def resampled_means(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.array(means)
 
 
-def interval(values: np.ndarray, users: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of the mean of `values` (N,), of which each user (N,) may have several."""
-    _, user = np.unique(users, return_inverse=True)
-    low, high = np.percentile(resampled_means(np.bincount(user, values)[None], np.bincount(user)[None]), INTERVAL)
+def interval(runs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
+    """The 95 % interval of a mean over one or several runs, each with values (N,) and the user of each (N,)."""
+    users, user = np.unique(np.concatenate([users for _, users in runs]), return_inverse=True)
+    parts = np.split(user, np.cumsum([len(values) for values, _ in runs])[:-1])
+    sums = [np.bincount(part, values, len(users)) for part, (values, _) in zip(parts, runs)]
+    counts = [np.bincount(part, minlength=len(users)) for part in parts]
+    low, high = np.percentile(resampled_means(np.stack(sums), np.stack(counts)), INTERVAL)
     return float(low), float(high)

@@ -1,5 +1,6 @@
 """Exact ranks of targets among all items or classes, and among those that a user is not known to have chosen."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -98,55 +99,97 @@ def known_before(scores: Tensor, targets: Tensor, known: Tensor) -> Tensor:
     return (before & (known > 0) & (known != targets[:, None])).sum(dim=1)
 
 
-class Ranker:
-    """Ranks examples of a task by a model, each process its share. InputError if the model has diverged."""
+class Scorer(ABC):
+    """What scores the targets of a task."""
 
-    def __init__(
-        self, model: NextItNet, data: TaskData, stage: Stage, device: torch.device, leave_out: str = "nothing"
-    ):
+    device: torch.device
+    size: int  # of the targets, <UNK> included
+
+    @abstractmethod
+    def last_states(self, rows: np.ndarray) -> Tensor:
+        """(R, C): what `scores` takes for each row as a whole."""
+
+    @abstractmethod
+    def states(self, rows: np.ndarray) -> Tensor:
+        """(R, T, C): likewise for each position, where a row is seen up to there."""
+
+    @abstractmethod
+    def scores(self, states: Tensor) -> Tensor:
+        """(B, size) of states (B, C), of which there are few at once; the next call may overwrite them."""
+
+
+class ModelScorer(Scorer):
+    """The model, as a stage reads it. InputError if it has diverged."""
+
+    def __init__(self, model: NextItNet, data: TaskData, stage: Stage, device: torch.device):
         model.eval()
         self.model, self.data, self.stage, self.device = model, data, stage, device
-        self.head, self.known = model.head(stage.task), Known(data, leave_out)
-        self.at_once = min(EVALUATION_BATCH, max(1, SCORES_AT_ONCE // self.head.out_features))
-        self.buffer = torch.empty(self.at_once, self.head.out_features, device=device)
+        self.head = model.head(stage.task)
+        self.size = self.head.out_features
+        self.buffer = torch.empty(at_once(self.size), self.size, device=device)
+
+    def inputs(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(self.data.rows[rows]).long().to(self.device)
+
+    def last_states(self, rows: np.ndarray) -> Tensor:
+        return self.model.user_representation(self.inputs(rows), self.stage)
+
+    def states(self, rows: np.ndarray) -> Tensor:
+        return self.model(self.inputs(rows), self.stage)
 
     def scores(self, states: Tensor) -> Tensor:
-        """(B, n) of states (B, C), B at most `at_once`; the next call overwrites them."""
         if not states.isfinite().all():
             raise InputError("the model's states are not finite: train it again with a lower --learning_rate")
         scores = self.buffer[: len(states)]
         wide_linear(states, self.head.weight, self.head.bias, out=scores)
+        return scores
+
+
+def at_once(size: int) -> int:
+    """How many rows of scores are made at once."""
+    return min(EVALUATION_BATCH, max(1, SCORES_AT_ONCE // size))
+
+
+class Ranker:
+    """Ranks a task's targets; of several processes each its share."""
+
+    def __init__(self, scorer: Scorer, data: TaskData, leave_out: str = "nothing"):
+        self.scorer, self.data, self.known = scorer, data, Known(data, leave_out)
+        self.at_once = at_once(scorer.size)
+
+    def scores(self, states: Tensor) -> Tensor:
+        scores = self.scorer.scores(states)
         scores[:, 0] = -torch.inf  # <UNK> is no item and no class, and nobody's target
         return scores
 
     def to_device(self, ids: np.ndarray) -> Tensor:
-        return torch.from_numpy(ids).long().to(self.device)
+        return torch.from_numpy(ids).long().to(self.scorer.device)
 
-    def batches(self, rows: np.ndarray) -> Iterator[tuple[slice, Tensor, np.ndarray]]:
-        """This process's batches of `rows`: where they stand there, their inputs, and what is known of them."""
+    def batches(self, rows: np.ndarray) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """This process's batches of `rows`: where they stand there, those rows, and what is known of them."""
         shard = processes.own_shard()
         for start in range(shard.number * EVALUATION_BATCH, len(rows), shard.count * EVALUATION_BATCH):
             part = slice(start, min(start + EVALUATION_BATCH, len(rows)))
-            yield part, self.to_device(self.data.rows[rows[part]]), self.known.of_rows(rows[part])
+            yield part, rows[part], self.known.of_rows(rows[part])
 
     @torch.no_grad()
     def rank(self, examples: np.ndarray, probabilities: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ranks of the examples' targets, (N,) each: without what is left out, and among all; and, if they are asked
-        for, the log probabilities of all targets but `<UNK>`, (N, n - 1).
+        for, the log probabilities of all targets but `<UNK>`, (N, size - 1).
 
         A row is encoded once, however many of the examples are of it.
         """
         rows, row_of = np.unique(self.data.users[examples], return_inverse=True)
         by_row = np.argsort(row_of, kind="stable")
         first = np.searchsorted(row_of[by_row], np.arange(len(rows) + 1))  # of each row's examples in `by_row`
-        ranks = torch.zeros(2, len(examples), dtype=torch.int64, device=self.device)
-        logs = torch.zeros(len(examples), (self.head.out_features - 1) * probabilities, device=self.device)
-        for batch, inputs, known in self.batches(rows):
-            users = self.model.user_representation(inputs, self.stage)
+        ranks = torch.zeros(2, len(examples), dtype=torch.int64, device=self.scorer.device)
+        logs = torch.zeros(len(examples), (self.scorer.size - 1) * probabilities, device=self.scorer.device)
+        for batch, batch_rows, known in self.batches(rows):
+            states = self.scorer.last_states(batch_rows)
             for begin in range(first[batch.start], first[batch.stop], self.at_once):
                 part = by_row[begin : min(begin + self.at_once, first[batch.stop])]
                 own = row_of[part] - batch.start
-                scores, targets = self.scores(users[own]), self.to_device(self.data.targets[examples[part]])
+                scores, targets = self.scores(states[own]), self.to_device(self.data.targets[examples[part]])
                 raw = target_ranks(scores, targets)
                 ranks[:, part] = torch.stack([raw - known_before(scores, targets, self.to_device(known[own])), raw])
                 if probabilities:
@@ -164,10 +207,10 @@ class Ranker:
         enough = np.searchsorted(real.sum(axis=1).cumsum(), MAX_POSITIONS, side="right")
         rows, labels, real = (each[: max(enough, 1)] for each in (rows, labels, real))
         first = np.concatenate([[0], real.sum(axis=1).cumsum()])  # of each row's positions among all
-        ranks = torch.zeros(first[-1], dtype=torch.int64, device=self.device)
-        for batch, inputs, known in self.batches(rows):
+        ranks = torch.zeros(first[-1], dtype=torch.int64, device=self.scorer.device)
+        for batch, batch_rows, known in self.batches(rows):
             row, place = real[batch].nonzero()
-            states = self.model(inputs, self.stage)[self.to_device(row), self.to_device(place)]
+            states = self.scorer.states(batch_rows)[self.to_device(row), self.to_device(place)]
             for begin in range(0, len(row), self.at_once):
                 part = slice(begin, begin + self.at_once)
                 earlier = np.where(np.arange(known.shape[1]) <= place[part, None], known[row[part]], 0)
@@ -178,14 +221,19 @@ class Ranker:
         return np.repeat(rows, np.diff(first)), processes.total(ranks).cpu().numpy()
 
 
-def rank(
-    model: NextItNet, data: TaskData, examples: np.ndarray, stage: Stage, device: torch.device, protocol: Protocol
-) -> Ranks:
-    """Ranks of the targets of `examples`, in their order. InputError if the model has diverged."""
-    ranker = Ranker(model, data, stage, device, protocol.leave_out)
+def rank_by(scorer: Scorer, data: TaskData, examples: np.ndarray, protocol: Protocol) -> Ranks:
+    """Ranks of the targets of `examples`, in their order."""
+    ranker = Ranker(scorer, data, protocol.leave_out)
     ranks, raw, logs = ranker.rank(examples, protocol.metric == "accuracy")
     positions = ranker.rank_positions(examples if protocol.all_positions else examples[:0])
     return Ranks(data.users[examples], data.targets[examples], ranks, raw, *positions, logs)
+
+
+def rank(
+    model: NextItNet, data: TaskData, examples: np.ndarray, stage: Stage, device: torch.device, protocol: Protocol
+) -> Ranks:
+    """The same by a model. InputError if it has diverged."""
+    return rank_by(ModelScorer(model, data, stage, device), data, examples, protocol)
 
 
 def rank_held_out(

@@ -19,7 +19,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data_loader import Batch  # noqa: E402  from the project's root
+import data_loader  # noqa: E402  from the project's root
+from data_loader import Batch  # noqa: E402
 
 FILES = {
     1: "original_desen_pretrain.csv",
@@ -136,3 +137,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.module.__name__ in SLOW or {"demo", "chain"} & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
+def tiny(tmp_path) -> tuple[data_loader.TaskData, data_loader.TaskData]:
+    """Data of task 1 and of a later task, with padding, repeats and an unknown item."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "1.csv").write_text("0,0,a,b,c\na,b,c,a,b\n0,c,b,a,c\nb,a,c,a,b\n0,0,0,b,a\na,a,b,c,c\n")
+    (folder / "2.csv").write_text("0,a,b,b,,x,y,z\na,b,c,new,,x\n0,0,c,a,,y,z,x\n0,0,0,b,,z\n0,c,b,c,,y,x\n")
+    first = data_loader.load_sequences(str(folder / "1.csv"), data_loader.Split(0.4))
+    return first, data_loader.load_examples(str(folder / "2.csv"), data_loader.Split(0.3), first.items)

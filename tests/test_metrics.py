@@ -2,17 +2,26 @@
 
 import math
 
-from conure.metrics import Protocol, Ranks, accuracy_scores, interval, ranking_scores, resampled_means, score
+from conure.metrics import (
+    Protocol,
+    Ranks,
+    accuracy_scores,
+    first_values,
+    interval,
+    ranking_scores,
+    resampled_means,
+    score,
+)
 
 import numpy as np
 import pytest
 
 
 def ranks_of(
-    ranks: np.ndarray, raw: np.ndarray | None = None, positions: tuple = (), targets: tuple = (), logs: tuple = ((),)
+    ranks: np.ndarray, raw: np.ndarray | None = None, positions: tuple = (), targets: tuple = (), logs: tuple = ()
 ) -> Ranks:
     ranks, positions = np.asarray(ranks), np.asarray(positions, int)
-    users, logs = np.arange(len(ranks)), np.asarray(logs, float)
+    users, logs = np.arange(len(ranks)), np.asarray(logs, float).reshape(len(ranks), -1)
     return Ranks(users, np.asarray(targets), ranks, ranks if raw is None else raw, positions, positions, logs)
 
 
@@ -55,15 +64,24 @@ def test_classes_by_definition():
     assert "auc" not in accuracy_scores(ranks_of([1, 1], targets=[2, 2], logs=[[0, 0], [0, 0]]), 1)
 
 
+@pytest.mark.parametrize("protocol", [Protocol("accuracy", 2), Protocol(), Protocol(all_positions=True)], ids=str)
+def test_the_first_score_is_the_mean_of_the_first_values(protocol):
+    random = np.random.default_rng(1)
+    ranks, raw, positions = random.integers(1, 9, (3, 100))
+    positions, targets = positions if protocol.all_positions else (), random.integers(1, 3, 100)
+    kept = Ranks.from_tensors(ranks_of(ranks, raw, positions, targets).to_tensors())
+    assert next(iter(score(kept, protocol).values())) == pytest.approx(first_values(kept, protocol)[0].mean())
+
+
 def test_an_interval_is_of_users():
     """As wide as the central limit theorem says; rows that say the same of the same user tell nothing more."""
     random = np.random.default_rng(1)
     values, users = random.random(400), np.arange(400)
-    low, high = interval(values, users)
+    low, high = interval([(values, users)])
     error = values.std() / math.sqrt(400)
     assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1) and low < values.mean() < high
-    assert interval(np.tile(values, 5), np.tile(users, 5)) == pytest.approx((low, high))
-    assert interval(np.ones(9), np.arange(9)) == (1, 1)
+    assert interval([(np.tile(values, 5), np.tile(users, 5))]) == pytest.approx((low, high))
+    assert interval([(np.ones(9), np.arange(9))]) == (1, 1)
 
 
 def test_runs_that_differ_widen_an_interval():

@@ -5,21 +5,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from math import log, sqrt
 from pathlib import Path
 
 from conure import checkpoint
 
-import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import FILES, ROOT, run_python
 from test_scripts import refused
 
 import data_loader
 import pruning
+from nextitnet import NextItNet
 from tools import baselines
 from tools.comparisons import counting
 
@@ -38,9 +38,9 @@ def compared(demo, tmp_path_factory) -> tuple[list[str], pd.DataFrame, str]:
 def test_every_method_is_compared_on_every_task(compared):
     _, table, printed = compared
     counts = table.groupby("method")["task"].agg(["count", "nunique"])
-    assert set(counts.index) == {*baselines.METHODS, "popular", "counting"}
+    assert table["method"].unique().tolist() == ["popular", "counting", *baselines.METHODS]
     assert (counts["count"] == 2 * counts["nunique"]).all(), "two seeds"
-    assert counts["nunique"].to_dict() == dict.fromkeys(counts.index, 4) | {"no_task_2": 2}
+    assert counts["nunique"].to_dict() == dict.fromkeys(counts.index, 4) | {"no_task_2": 2, "zero_shot": 2}
     for method in counts.index:
         assert f"| {method} | " in printed
 
@@ -51,6 +51,57 @@ def test_only_what_protects_its_weights_remembers(compared):
     kept = {(row[0], row[1]): len(set(filter(None, map(str.strip, row[2:])))) == 1 for row in rows if len(row) > 2}
     assert all(kept["Conure", task] for task in "1234")
     assert not all(kept["SinMoAll", task] for task in "123")
+    assert {method for method, _ in kept} == {"method", "SinMoAll", "LwF", "replay", "Conure"}
+
+
+def load(flags: list[str], *place: str) -> dict:
+    """The checkpoint at a place in the folder of seed 10."""
+    return checkpoint.load(str(Path(flags[3], "seed_10", *place)))[0]
+
+
+@pytest.mark.parametrize("method", ["FineAll", "SASRec", "random_backbone", "FineHead", "PeterRec", "SinMoAll", "LwF"])
+def test_the_start_of_a_head_that_is_better_on_validation_counts(compared, method):
+    flags, table, _ = compared
+    chosen = table[(table["seed"] == 10) & (table["method"] == method)].set_index("task")
+    one_model, before = method in baselines.FORGETTING, None
+    for task in (2, 3, 4):
+        contents = [load(flags, method, f"{head}_t{task}", f"tp_t{task}.pt") for head in ("informed", "random")]
+        records = [content["tasks"][task] for content in contents]
+        flag = [record["hyperparameters"]["tp"]["informed_head"] for record in records]
+        assert flag == ["True", "False"], "what was trained"
+        scores = [next(iter(record["results"]["tp"]["validation"].values())) for record in records]
+        better = int(scores[1] > scores[0])
+        assert chosen["seconds"][task] == pytest.approx(records[better]["seconds"])
+        if not one_model:
+            score = next(iter(records[better]["results"]["tp"]["test"].values()))
+            assert chosen["score"][task] == pytest.approx(score)
+        elif before:
+            assert all(content["tasks"][task - 1]["fingerprint"] == before for content in contents)
+        before = one_model and records[better]["fingerprint"]
+
+
+def test_joint_training_takes_over_how_task_1_learns(compared):
+    flags, _, _ = compared
+    first = load(flags, "SinMo", "tp_t1.pt")["tasks"][1]["hyperparameters"]["tp"]
+    for task in (2, 3, 4):
+        own = load(flags, "MTL", f"tp_t{task}.pt")["tasks"][task]["hyperparameters"]["tp"]
+        assert [own[name] for name in ("table_rate", "dropout", "decay")] == ["10.0", "0.3", "True"]
+        assert [first[name] for name in ("table_rate", "dropout", "decay")] == ["10.0", "0.3", "True"]
+
+
+def test_a_random_backbone_is_never_trained(compared):
+    flags, _, _ = compared
+    places = [
+        ["tp_t1.pt"],
+        *([f"{head}_t{task}", f"tp_t{task}.pt"] for head in ("informed", "random") for task in (2, 3)),
+    ]
+    contents = [load(flags, "random_backbone", *place) for place in places]
+    torch.manual_seed(10)
+    untouched = NextItNet(**contents[0]["architecture"]).state_dict()
+    for content in contents:
+        backbone = {name for name in content["model"] if not name.startswith("heads.")}
+        assert all(torch.equal(content["model"][name], untouched[name]) for name in backbone)
+        assert not torch.equal(content["model"]["heads.1.weight"], untouched["heads.1.weight"])
 
 
 def test_a_benchmark_adds_rows_to_its_own_tables_alone(tmp_path, run_here):
@@ -67,10 +118,13 @@ def test_what_it_takes_to_serve_all_tasks(compared):
     trained = table[(table["seed"] == 10) & (table["task"] == 4)].set_index("method")["trained"]
     weights = 2 * 3 * 8 * 8  # of the only block
     assert taken["FineHead"] < taken["PeterRec"] < taken["FineAll"] < taken["SinMo"] + 1
-    assert taken["Conure"] == taken["FineHead"] + weights  # a byte each for the owner map
-    head = trained["FineHead"]
-    assert head == 3 * 8 + 3 and trained["PeterRec"] == head + 2 * (2 * 8 * 2 + 2 + 8)
-    assert head < trained["Conure"] < head + 0.35 * weights < trained["FineAll"], "0.7 ** 3 of the weights are free"
+    assert taken["SinMoAll"] < taken["FineAll"] and taken["random_backbone"] < taken["FineAll"]
+    # A byte each for the owner map; FineHead has as many of Conure's biases as helped, random_head none.
+    assert taken["random_head"] <= taken["FineHead"] + weights <= taken["Conure"] == taken["frozen_head"]
+    head = 3 * 8  # of the three classes, <UNK> one of them; a bias each where the head does not start at random
+    assert {trained["FineHead"], trained["PeterRec"] - 2 * (2 * 8 * 2 + 2 + 8)} <= {head, head + 3}
+    assert head + 3 < trained["Conure"] < head + 0.35 * weights < trained["FineAll"], "0.7 ** 3 of the weights are free"
+    assert trained["random_head"] == trained["Conure"] - 3 and trained["frozen_head"] == trained["Conure"]
 
 
 def test_a_second_run_trains_nothing_and_finds_the_same(compared, run_here):
@@ -89,94 +143,18 @@ def test_a_second_run_trains_nothing_and_finds_the_same(compared, run_here):
 def test_one_method_alone(demo, tmp_path):
     flags = ["--data_dir", str(demo / "Data"), "--output_dir", str(tmp_path), "--seeds", "1", *SMALL]
     run_python("-m", "tools.baselines", *flags, "--only", "FineHead")
-    assert {path.parent.name for path in tmp_path.rglob("*.pt")} == {"SinMo", "FineHead"}
+    trained = {path.relative_to(tmp_path / "seed_10").parts[0] for path in tmp_path.rglob("*.pt")}
+    assert trained == {"SinMo", "FineHead"}
     assert set(pd.read_csv(tmp_path / "baselines_FineHead.csv")["method"]) == {"FineHead"}
 
 
-@pytest.fixture
-def tiny(tmp_path) -> tuple[data_loader.TaskData, data_loader.TaskData]:
-    """Data of task 1 and of a later task, with padding, repeats and an unknown item."""
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    (folder / "1.csv").write_text("0,0,a,b,c\na,b,c,a,b\n0,c,b,a,c\nb,a,c,a,b\n0,0,0,b,a\na,a,b,c,c\n")
-    (folder / "2.csv").write_text("0,a,b,b,,x,y,z\na,b,c,new,,x\n0,0,c,a,,y,z,x\n0,0,0,b,,z\n0,c,b,c,,y,x\n")
-    first = data_loader.load_sequences(str(folder / "1.csv"), data_loader.Split(0.4))
-    return first, data_loader.load_examples(str(folder / "2.csv"), data_loader.Split(0.3), first.items)
-
-
-def real_items(data: data_loader.TaskData, row: int) -> list[int]:
-    return [item for item in data.rows[row].tolist() if item not in (0, data.padding_id)]
-
-
-def training_examples(data: data_loader.TaskData) -> list[tuple[int, int]]:
-    return [(int(data.users[example]), int(data.targets[example])) for example in data.splits["train"]]
-
-
-def check_scores(scorer: counting.Scorer, data: data_loader.TaskData, score: Callable[[int, int], float]) -> None:
-    """`score(row, target)` is what the scorer gives, for all rows and all targets but <UNK>."""
-    targets = range(1, len(data.target_vocabulary))
-    expected = [[score(row, target) for target in targets] for row in range(len(data.rows))]
-    assert np.ptp(expected) > 0
-    for row, scores in enumerate(expected):
-        assert scorer(row)[1:] == pytest.approx(scores, rel=1e-12, abs=1e-12)
-
-
-@pytest.mark.parametrize("places", [10, 2])
-def test_a_markov_chain_counts_what_follows(tiny, monkeypatch, places):
-    data, _ = tiny
-    monkeypatch.setattr(counting, "PLACES", places)
-    follows = np.zeros((len(data.items), len(data.items)))
-    for row, target in training_examples(data):
-        items = [*real_items(data, row), target]
-        for j in range(len(items)):
-            for i in range(max(0, j - places), j):
-                follows[items[i], items[j]] += 1 / (j - i)
-
-    def score(row: int, target: int) -> float:
-        last = list(enumerate(reversed(real_items(data, row)), start=1))[:places]
-        return sum(follows[i, target] / follows[i].sum() / k for k, i in last if follows[i].any())
-
-    check_scores(counting.markov(data), data, score)
-
-
-def test_a_cosine_leaves_out_the_examples_of_the_row(tiny):
-    _, data = tiny
-    train = training_examples(data)
-
-    def count(item: int | None, target: int | None, but: int | None = None) -> int:
-        return sum(
-            item in (None, *real_items(data, row)) and target in (None, own) and row != but for row, own in train
-        )
-
-    def score(row: int, target: int) -> float:
-        items = {item for item in real_items(data, row) if count(item, target)}
-        return sum(count(i, target, row) / sqrt(count(i, None) * count(None, target)) for i in items)
-
-    check_scores(counting.cosine(data), data, score)
-
-
-def test_naive_bayes_smooths_what_it_counts(tiny):
-    _, data = tiny
-    train = training_examples(data)
-
-    def score(row: int, target: int) -> float:
-        seen = [item for other, own in train if own == target for item in set(real_items(data, other))]
-        kinds = len(data.items) - 2  # neither <UNK> nor padding
-        likelihoods = [(seen.count(item) + 1) / (len(seen) + kinds) for item in set(real_items(data, row))]
-        return log(sum(own == target for _, own in train) + 1) + sum(map(log, likelihoods))
-
-    check_scores(counting.naive_bayes(data), data, score)
-
-
-def test_counting_ranks_each_target_by_the_scores_of_its_row(tiny, monkeypatch):
-    _, data = tiny
-    scores = {row: np.array([9.0, *np.roll([3.0, 2.0, 1.0], row)]) for row in range(len(data.rows))}
-    examples = np.arange(len(data.targets))
-    own = [scores[row][target] for row, target in zip(data.users, data.targets)]
-    expected = [4 - int(score) for score in own]
-    for at_once in (1 << 26, 8):
-        monkeypatch.setattr(counting.metrics, "SCORES_AT_ONCE", at_once)
-        assert counting.ranks(scores.__getitem__, data, examples).tolist() == expected
+def test_replay_keeps_a_tenth_of_the_training_examples(demo, tmp_path):
+    hp = baselines.Hyperparameters(data_dir=str(demo / "Data"), output_dir=str(tmp_path))
+    for task in (1, 2):
+        kept = [baselines.Comparison(hp, seed).memory(task, baselines.KEPT) for seed in (10, 10, 11)]
+        train = kept[0].data.splits["train"]
+        assert set(kept[0].examples) < set(train) and len(set(kept[0].examples)) == -(-len(train) // 10)
+        assert kept[0].examples.tolist() == kept[1].examples.tolist() != kept[2].examples.tolist()
 
 
 def test_data_too_large_for_counting_is_left_out(demo, tmp_path, run_here, monkeypatch):
@@ -244,8 +222,8 @@ def test_the_seeds_end_with_the_process_that_started_them(endless):
 
 
 def test_an_unknown_method_is_refused(run_here):
-    error = refused(run_here("tools.baselines", "--only", "SASRec"))
-    assert error.startswith("error: --only SASRec is none of Conure, no_retraining, ")
+    error = refused(run_here("tools.baselines", "--only", "BERT4Rec"))
+    assert error.startswith("error: --only BERT4Rec is none of popular, counting, SinMo, ")
 
 
 def test_capacity_learns_a_task_at_every_depth(demo, tmp_path, run_here):

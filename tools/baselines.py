@@ -1,20 +1,32 @@
 """Compare Conure with one model per task, fine-tuning, joint training and adapters (section 4 of the paper).
 
-  Conure           the eight scripts
+No model:
+  popular          the most popular targets, or the majority class, of the training part
+  counting         task 1 a Markov chain within ten places, tasks 2 and 3 the cosine of items and targets, task 4 naive
+                   Bayes
+One model per task:
+  SinMo            from scratch
+  MTL              trained jointly with task 1 for as long as the longer of the two takes
+  FineAll          a whole copy of task 1's SinMo, fine-tuned
+  SASRec           likewise, with self-attention in place of convolutions
+One model for all:
+  zero_shot        task 1 of Conure alone: it scores the targets of tasks 2 and 3 as the items they are
+  random_backbone  nothing is trained but a head per task
+  FineHead         a head per task on the frozen SinMo of task 1
+  PeterRec         small adapters and a head per task on the frozen SinMo of task 1
+  SinMoAll         trained task after task, nothing protected: it forgets
+  LwF              SinMoAll that distils the answers of its earlier heads (learning without forgetting)
+  replay           SinMoAll that goes over a tenth of the earlier tasks' training examples
   no_retraining    Conure without retraining: half the epochs, scored after pruning
   no_task_2        Conure, task 3 learned right after task 1
-  SinMo            one model per task, from scratch
-  SinMoAll         one model trained task after task, nothing protected: it forgets
-  FineAll          every task fine-tunes a whole copy of task 1's SinMo
-  FineHead         every task trains a head on the frozen SinMo of task 1
-  MTL              one model per task, trained jointly with task 1 for as long as the longer of the two takes
-  PeterRec         SinMo of task 1 frozen; every task trains small adapters and a head
-  popular          no model: the most popular targets, or the majority class, of the training part
-  counting         no model: task 1 a Markov chain within ten places, tasks 2 and 3 the cosine of items and targets,
-                   task 4 naive Bayes
+  random_head      Conure, heads start at random
+  frozen_head      Conure, heads of tasks 2 and 3 stay task 1's
+  Conure           the eight scripts
 
 The others train a task for as many epochs as Conure trains and retrains it, with the learning rate, batch size and loss
-of the task's script. FineAll, FineHead, MTL and PeterRec serve task 1 with SinMo's model.
+of the task's script. FineAll, FineHead, MTL and PeterRec serve task 1 with SinMo's model. Where another method than
+Conure has a model of task 1, it learns each later task from both starts of the head, the scripts' and a random one, and
+goes on with the better on validation; seconds are of that one.
 
 READS  the task files in data_dir
 WRITES to output_dir: a folder per seed and method, from which an interrupted run resumes; baselines.csv, a row per
@@ -24,25 +36,33 @@ WRITES to output_dir: a folder per seed and method, from which an interrupted ru
 import hashlib
 import math
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from conure import checkpoint, launch, metrics, rescoring
+from conure import checkpoint, launch, metrics, ranking, rescoring
 from conure.device import pick_device
 from conure.errors import InputError
 from conure.files import check_output, whole_file
+from conure.metrics import Protocol, Ranks
 
+import numpy as np
 import pandas as pd
 import torch
 
-from nextitnet import NextItNet
 from pruning import Stage
-from tools.comparisons import counting, study
-from tools.comparisons.networks import Adapted, HeadOnly, Joint, JointLoss, Unprotected
+from tools.comparisons import counting, networks, study, tables
+from tools.comparisons.methods import CHAINS, FORGETTING, METHODS, TASKS, Step
+from tools.comparisons.sasrec import SASRec
 
-TASKS = (1, 2, 3, 4)
-LATER = TASKS[1:]
+ALL = [*counting.METHODS, *METHODS]
+UNTRAINED = (*counting.METHODS, "zero_shot")
+Row = tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]  # of a table, and what its score is the mean of
+KEPT = 0.1  # share of a task's training examples that replay keeps
 
 
 @dataclass
@@ -52,64 +72,24 @@ class Hyperparameters(study.Settings):
     overwrite: bool = False  # replace the tables of an earlier run; its checkpoints stay
 
 
-@dataclass
-class Step:
-    """The learning of one task by one method, from checkpoint to checkpoint."""
-
-    method: str
-    task: int  # whose data it learns
-    mode: str = "tp"
-    start: "Step | None" = None
-    network: type[NextItNet] = NextItNet
-    number: int = 0  # of the task in the model, where it is another
-
-    @property
-    def stage(self) -> Stage:
-        return Stage(self.number or self.task, self.mode)
-
-
-def chain(
-    method: str,
-    stages: Iterable[tuple[int, str]],
-    before: Iterable[Step] = (),
-    network: type[NextItNet] = NextItNet,
-    number: int = 0,
-) -> list[Step]:
-    """The steps `before`, then one for each (task, mode), each from the checkpoint of the step before it."""
-    steps = [*before]
-    for task, mode in stages:
-        steps.append(Step(method, task, mode, steps[-1] if steps else None, network, number))
-    return steps
-
-
-def from_task_1(method: str, network: type[NextItNet]) -> list[Step]:
-    """Each later task from the SinMo of task 1."""
-    return [SINMO[0], *(Step(method, task, "tp", SINMO[0], network) for task in LATER)]
-
-
-CONURE = chain("Conure", [(task, mode) for task in TASKS for mode in ("tp", "ret")])
-SINMO = [Step("SinMo", task, network=Unprotected) for task in TASKS]
-METHODS = {
-    "Conure": CONURE,
-    "no_retraining": chain("no_retraining", [(task, "tp") for task in LATER], CONURE[:1]),
-    "no_task_2": chain("no_task_2", [(3, "tp"), (3, "ret")], CONURE[:2], number=2),
-    "SinMo": SINMO,
-    "SinMoAll": chain("SinMoAll", [(task, "tp") for task in LATER], SINMO[:1], Unprotected),
-    "FineAll": from_task_1("FineAll", Unprotected),
-    "FineHead": from_task_1("FineHead", HeadOnly),
-    "MTL": [SINMO[0], *(Step("MTL", task, network=Joint) for task in LATER)],
-    "PeterRec": from_task_1("PeterRec", Adapted),
-}
-ALL = [*METHODS, *counting.METHODS]
-# Those whose last model serves all tasks; the others keep what each task trained.
-CHAINS = ("Conure", "no_retraining", "no_task_2", "SinMoAll")
-
-
 class Comparison(study.Study):
     """All methods with one seed."""
 
+    def folder_of(self, step: Step) -> Path:
+        return self.folder / step.method / (f"{step.head}_t{step.task}" if step.head else "")
+
     def path(self, step: Step) -> str:
-        return checkpoint.path_of(str(self.folder / step.method), step.stage)
+        """The checkpoint of the step, of its variants that of the best on validation."""
+        paths = [checkpoint.path_of(str(self.folder_of(each)), each.stage) for each in step.variants()]
+        return paths[0] if len(paths) == 1 else max(paths, key=self.validation_score)
+
+    def validation_score(self, path: str) -> float:
+        content, _ = checkpoint.load(path)
+        record = content["tasks"][content["task"]]
+        return next(iter(record["results"][record["state"]]["validation"].values()))
+
+    def content(self, step: Step) -> dict[str, Any]:
+        return checkpoint.load(self.path(step))[0]
 
     def steps_per_epoch(self, task: int, batch_size: int) -> int:
         return math.ceil(len(self.data(task).splits["train"]) / batch_size)
@@ -117,76 +97,110 @@ class Comparison(study.Study):
     def run(self, step: Step) -> None:
         """Trains the step, if that is not done yet."""
         hp, data, first = self.settings(step.task, step.mode), self.data(step.task), self.settings(1, "tp")
-        loss = self.loss(step.task, hp)
-        if step.network is not NextItNet:  # trained in one go, as long as Conure trains and retrains
+        if not step.prunes:  # trained in one go, as long as Conure trains and retrains
             hp.epochs += self.settings(step.task, "ret").epochs
-        if step.network is Joint:  # with task 1's tables as fast as in tp, and at least as many of its batches
-            hp.table_rate = first.table_rate
+        if step.beside == "task 1":  # with its way of learning, and at least as many of its batches
+            hp.table_rate, hp.dropout, hp.decay = first.table_rate, first.dropout, first.decay
             wanted = first.epochs * self.steps_per_epoch(1, first.batch_size)
             hp.epochs = max(hp.epochs, math.ceil(wanted / self.steps_per_epoch(step.task, hp.batch_size)))
-            loss = JointLoss(loss, self.loss(1, first), self.data(1), first.batch_size)
+        if step.head == "random":
+            hp.informed_head = False
+        if step.network is networks.HeadOnly:  # which trains no embedding, and a head of its own for task 1 too
+            hp.tied = False
+        network = step.network
+        if network is SASRec:
+            hp.positional_embedding, network = True, partial(SASRec, padding=data.padding_id)
         start, metric = self.path(step.start) if step.start else None, study.METRIC.get(step.task, "ranking")
-        self.learn(self.folder / step.method, hp, step.stage, data, loss, start, step.network, metric)
+        loss = self.whole_loss(step, hp)
+        self.learn(self.folder_of(step), hp, step.stage, data, loss, start, network, metric, step.prunes)
 
-    def content(self, step: Step) -> dict[str, Any]:
-        return checkpoint.load(self.path(step))[0]
+    def whole_loss(self, step: Step, hp: SimpleNamespace) -> networks.AnyLoss:
+        """The task's, with what the step learns beside it."""
+        own = self.loss(step.task, hp)
+        match step.beside:
+            case "task 1":
+                return networks.JointLoss(own, [self.memory(1, 1.0)])
+            case "replay":
+                return networks.JointLoss(own, [self.memory(task, KEPT) for task in range(1, step.task)])
+            case "distillation":
+                before = checkpoint.build_model(self.content(step.start))
+                return networks.DistilledLoss(own, before.to(pick_device(self.hp.device)))
+        return own
 
-    def evaluate(self, content: dict[str, Any]) -> dict[int, dict[str, float]]:
-        """The test scores of all tasks that a model has learned, as they are now."""
+    def memory(self, task: int, share: float) -> networks.Memory:
+        """A share of the task's training examples, always the same ones, and its loss without `l2`."""
+        hp, data = self.settings(task, "tp", l2=0.0), self.data(task)
+        examples = np.random.default_rng((self.seed, task)).permutation(data.splits["train"])
+        kept = examples[: math.ceil(share * len(examples))]
+        return networks.Memory(task, data, self.loss(task, hp), kept, hp.batch_size)
+
+    def ranks_of(self, content: dict[str, Any]) -> dict[int, Ranks]:
+        """The test ranks of all tasks that a model has learned, as they are now."""
         model, given = checkpoint.build_model(content), (self.hp.data_dir, pick_device(self.hp.device))
-        return {number: rescoring.score(number, content, model, *given) for number in content["tasks"]}
+        return {number: rescoring.rank(number, content, model, *given) for number in content["tasks"]}
 
-    def rows(self, method: str) -> Iterator[dict[str, Any]]:
-        """A row for every task that the method has learned: scores on test, parameters, bytes, seconds."""
+    def rows(self, method: str) -> Iterator[Row]:
+        """A row for every task that the method has learned."""
         steps = METHODS[method]
         contents = [self.content(step) for step in steps]
         if method in CHAINS:
-            scores = self.evaluate(contents[-1])
+            ranks = self.ranks_of(contents[-1])
             total = bytes_to_serve([(contents[-1], set(contents[-1]["tasks"]))])
         else:
-            scores = {step.task: as_learned(step, content) for step, content in zip(steps, contents)}
+            records = {step.task: content["tasks"][step.stage.task] for step, content in zip(steps, contents)}
+            ranks = {task: Ranks.from_tensors(record["ranks"]) for task, record in records.items()}
             total = bytes_to_serve([(content, {step.task}) for step, content in zip(steps, contents)])
         for task in sorted({step.task for step in steps}):
             number = next(step.stage.task for step in steps if step.task == task)
             records = [content["tasks"][number] for step, content in zip(steps, contents) if step.task == task]
-            yield {
-                "method": method,
-                "task": task,
-                "seed": self.seed,
-                "metric": next(iter(scores[number])),
-                "score": next(iter(scores[number].values())),
-                "n": scores[number]["n"],
-                "trained": max(record["trained"] for record in records),
-                "bytes_all_tasks": total,
-                "seconds": sum(record["seconds"] for record in records),
-            }
+            yield self.row(
+                method,
+                task,
+                ranks[number],
+                trained=max(record["trained"] for record in records),
+                bytes_all_tasks=total,
+                seconds=sum(record["seconds"] for record in records),
+            )
+
+    def row(self, method: str, task: int, ranks: Ranks, **costs: float) -> Row:
+        """The test score of a task, and what it is the mean of."""
+        protocol = self.protocol(task)
+        name, score = next(iter(metrics.score(ranks, protocol).items()))
+        row = {"method": method, "task": task, "seed": self.seed, "metric": name, "score": score}
+        values = metrics.first_values(ranks, protocol)
+        return row | {"n": len(values[0])} | costs, values
+
+    def protocol(self, task: int) -> Protocol:
+        return ranking.protocol_of(self.settings(task, "tp"), study.METRIC.get(task, "ranking"), self.data(task))
 
     def forgetting(self, method: str) -> Iterator[dict[str, Any]]:
         """The test scores of tasks 1..k after task k, where one model has learned them all."""
         last = {step.task: step for step in METHODS[method]}  # of each task
         for after, step in last.items():
-            for task, scores in self.evaluate(self.content(step)).items():
-                yield {"method": method, "task": task, "after": after, "score": next(iter(scores.values()))}
+            for task, ranks in self.ranks_of(self.content(step)).items():
+                score = next(iter(metrics.score(ranks, self.protocol(task)).values()))
+                yield {"method": method, "task": task, "after": after, "score": score}
 
-    def without_model(self, method: str) -> Iterator[dict[str, Any]]:
-        """A row for every task: the test scores of counts. A task whose data is too large for them is left out."""
-        for task, make_scorer in zip(TASKS, counting.METHODS[method]):
-            data, metric = self.data(task), study.METRIC.get(task, "ranking")
+    def untrained_ranks(self, method: str, task: int) -> Ranks:
+        """The ranks of the task's targets in test by a method that does not learn the task."""
+        data, device = self.data(task), pick_device(self.hp.device)
+        if method in counting.METHODS:
+            scorer = counting.CountScorer(counting.METHODS[method][task - 1](data), data)
+        else:
+            model = checkpoint.build_model(self.content(METHODS[method][-1]))
+            networks.add_item_head(model, data, task)
+            scorer = ranking.ModelScorer(model.to(device), data, Stage(task, "inference"), device)
+        return ranking.rank_by(scorer, data, data.splits["test"], self.protocol(task))
+
+    def untrained_rows(self, method: str) -> Iterator[Row]:
+        """A row for every task that the method scores. A task whose data is too large for counts is left out."""
+        for task in (2, 3) if method == "zero_shot" else TASKS:
             try:
-                ranks = counting.ranks(make_scorer(data), data, data.splits["test"])
+                ranks = self.untrained_ranks(method, task)
             except InputError as error:
                 print(f"task {task} is left out: {error}", flush=True)
                 continue
-            scores = metrics.score(ranks, metric, self.settings(task, "tp").top_k)
-            name, score = next(iter(scores.items()))
-            row = {"method": method, "task": task, "seed": self.seed, "metric": name, "score": score}
-            yield row | {"n": scores["n"], "trained": 0, "bytes_all_tasks": 0, "seconds": 0.0}
-
-
-def as_learned(step: Step, content: dict[str, Any]) -> dict[str, float]:
-    """The test scores that were recorded when the step ended."""
-    record = content["tasks"][step.stage.task]
-    return record["results"][record["state"]]["test"]
+            yield self.row(method, task, ranks, trained=0, bytes_all_tasks=0, seconds=0.0)
 
 
 def bytes_to_serve(served: Iterable[tuple[dict[str, Any], set[int]]]) -> int:
@@ -205,61 +219,18 @@ def bytes_to_serve(served: Iterable[tuple[dict[str, Any], set[int]]]) -> int:
     return sum(needed.values())
 
 
-def compare(hp: Hyperparameters, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def compare(hp: Hyperparameters, seed: int) -> tuple[list[Row], list[dict[str, Any]]]:
     """The rows of the comparison and of the forgetting table with one seed."""
     runs, scores, forgotten = Comparison(hp, seed), [], []
     for method in [hp.only] if hp.only else ALL:
         print(f"seed {seed}: {method}", flush=True)
-        if method in counting.METHODS:
-            scores += runs.without_model(method)
-            continue
-        for step in METHODS[method]:
-            runs.run(step)
-        scores += runs.rows(method)
-        if method in ("Conure", "SinMoAll"):
+        for step in METHODS.get(method, []):
+            for variant in step.variants():
+                runs.run(variant)
+        scores += runs.untrained_rows(method) if method in UNTRAINED else runs.rows(method)
+        if method in FORGETTING:
             forgotten += runs.forgetting(method)
     return scores, forgotten
-
-
-def line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def header(*names: str) -> list[str]:
-    return [line(*names), "|---" * len(names) + "|"]
-
-
-def mean_and_spread(values: pd.Series, digits: int = 4) -> str:
-    """`0.0599 ± 0.0022`: the mean and the standard deviation, which one value alone does not have."""
-    spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():.{digits}f}{spread}"
-
-
-def score_lines(table: pd.DataFrame) -> list[str]:
-    """Markdown lines: a row a method, with its score on every task."""
-    metric = table.drop_duplicates("task").set_index("task")["metric"]
-    tasks = sorted(metric.index)
-    columns = [f"task {task}, {metric[task]}" for task in tasks]
-    lines = header("method", *columns, "trained, thousands", "MB for all tasks", "seconds")
-    for method, rows in table.groupby("method", sort=False):
-        by_task = rows.groupby("task")
-        cells = [mean_and_spread(by_task.get_group(t)["score"]) if t in by_task.groups else "" for t in tasks]
-        trained = " / ".join(f"{by_task.get_group(t)['trained'].max() / 1e3:.0f}" for t in by_task.groups)
-        seconds = rows.groupby("seed")["seconds"].sum().median()
-        all_tasks = f"{rows['bytes_all_tasks'].max() / 1e6:.1f}" if len(by_task) == len(tasks) else ""
-        lines.append(line(method, *cells, trained, all_tasks, f"{seconds:.0f}"))
-    return lines
-
-
-def forgetting_lines(table: pd.DataFrame) -> list[str]:
-    """Markdown lines: a row a method and task, with its scores after each further task."""
-    tasks = sorted(table["after"].unique())
-    lines = header("method", "task", *(f"after task {task}" for task in tasks))
-    for (method, task), rows in table.groupby(["method", "task"], sort=False):
-        after = rows.groupby("after")["score"]
-        cells = [mean_and_spread(after.get_group(t)) if t in after.groups else "" for t in tasks]
-        lines.append(line(method, str(task), *cells))
-    return lines
 
 
 def main(hp: Hyperparameters) -> None:
@@ -269,13 +240,18 @@ def main(hp: Hyperparameters) -> None:
     check_output(f"{output}.csv", hp.overwrite)
     check_output(f"{output}.md", hp.overwrite)
     seeds = study.over_seeds(hp, compare)
-    table = pd.DataFrame([row for scores, _ in seeds for row in scores])
+    table, runs = pd.DataFrame([row for scores, _ in seeds for row, _ in scores]), defaultdict(list)
     if table.empty:
         raise InputError("every task was left out")
+    for row, values in (each for scores, _ in seeds for each in scores):
+        runs[row["method"], row["task"]].append(values)
     forgotten = pd.DataFrame([row for _, forgotten in seeds for row in forgotten])
-    lines = [f"Test scores, mean ± standard deviation over {hp.seeds} seeds.", "", *score_lines(table)]
+    intervals = f"95 % intervals by bootstrap over users and the {hp.seeds} seeds, each with a split of its own"
+    lines = [f"Test scores: means and {intervals}.", "", *tables.score_lines(table, runs)]
+    if not hp.only:
+        lines += ["", "What Conure gains, example by example:", "", *tables.difference_lines(table, runs, "Conure")]
     if len(forgotten):
-        lines += ["", "After learning further tasks:", "", *forgetting_lines(forgotten)]
+        lines += ["", "After learning further tasks:", "", *tables.forgetting_lines(forgotten)]
     with whole_file(f"{output}.csv") as file:
         table.to_csv(file, index=False)
     with whole_file(f"{output}.md") as file:

@@ -12,7 +12,7 @@ from typing import Any
 
 from conure import checkpoint, launch, metrics
 from conure.errors import InputError
-from conure.metrics import Protocol
+from conure.metrics import Protocol, Ranks
 from conure.settings import positional
 
 import numpy as np
@@ -36,23 +36,18 @@ def check_comparable(task: int, a: dict[str, Any], b: dict[str, Any]) -> None:
             raise InputError(f"task {task} has other {meant} in the two folders{shown}: compare what was scored alike")
 
 
-def values(record: dict[str, Any]) -> tuple[str, np.ndarray, np.ndarray]:
-    """The name of the task's first score, its value for each test example or position, and the user of each."""
-    protocol, ranks = Protocol(**record["protocol"]), record["ranks"]
-    prefix = "position_" if protocol.all_positions else ""
-    users, ranks = (ranks[prefix + name].numpy() for name in ("users", "ranks"))
-    name = next(iter(record["results"][record["state"]]["test"]))
-    if protocol.metric == "accuracy":
-        return name, (ranks <= protocol.top_k).astype(float), users
-    return name, metrics.reciprocal_ranks(ranks, protocol.top_k), users
+def values(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """What the task's first test score is the mean of, and the user of each."""
+    return metrics.first_values(Ranks.from_tensors(record["ranks"]), Protocol(**record["protocol"]))
 
 
 def main(hp: Hyperparameters) -> None:
     a, b = tasks_of(hp.a), tasks_of(hp.b)
     for task in sorted(a.keys() & b.keys()):
         check_comparable(task, a[task], b[task])
-        (name, first, users), (_, second, _) = values(a[task]), values(b[task])
-        low, high = metrics.interval(second - first, users)
+        name = next(iter(a[task]["results"][a[task]["state"]]["test"]))
+        (first, users), (second, _) = values(a[task]), values(b[task])
+        low, high = metrics.interval([(second - first, users)])
         verdict = "b is better" if low > 0 else "a is better" if high < 0 else "no difference that this test part shows"
         means, count = f"a {first.mean():.4f}, b {second.mean():.4f}", len(np.unique(users))
         difference = f"b - a {np.mean(second - first):+.4f} [{low:+.4f}, {high:+.4f}]"

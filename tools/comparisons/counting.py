@@ -5,7 +5,7 @@ The forms were chosen on validation (MovieLens with ties in random order), which
 
 from collections.abc import Callable
 
-from conure import metrics
+from conure import ranking
 from conure.errors import InputError
 
 import numpy as np
@@ -16,7 +16,7 @@ from data_loader import TaskData
 PLACES = 10  # how far back task 1 looks
 MAX_PAIRS = 1 << 27  # if no two are equal, counting so many takes 11 GB
 
-Scorer = Callable[[int], np.ndarray]  # number of a row → a score for every target
+Scores = Callable[[int, int], np.ndarray]  # number of a row, and places of it that are seen → a score for every target
 
 
 class Table:
@@ -62,12 +62,12 @@ def frequencies(data: TaskData) -> np.ndarray:
     return np.bincount(data.targets[data.splits["train"]], minlength=len(data.target_vocabulary)).astype(float)
 
 
-def popular(data: TaskData) -> Scorer:
+def popular(data: TaskData) -> Scores:
     frequency = frequencies(data)
-    return lambda row: frequency
+    return lambda row, seen: frequency
 
 
-def markov(data: TaskData) -> Scorer:
+def markov(data: TaskData) -> Scores:
     """Σ P(t | i) / k over the items i of the last ten places, k = 1 for the last one.
 
     P(t | i) is the share of t in what follows i within ten places, each counted as 1 / distance. At all positions of
@@ -83,34 +83,28 @@ def markov(data: TaskData) -> Scorer:
     before, after, weights = map(np.concatenate, zip(*pairs))
     follows, of_item = Table(before, after, weights, size, size), np.bincount(before, weights, size)
 
-    def scores(row: int) -> np.ndarray:
-        last = only_items(data, data.rows[row, ::-1][:PLACES])
+    def scores(row: int, seen: int) -> np.ndarray:
+        last = only_items(data, data.rows[row, :seen][::-1][:PLACES])
         k = 1 + np.flatnonzero(of_item[last])
         return follows.weighted_sum(last[k - 1], 1 / (k * of_item[last[k - 1]]))
 
     return scores
 
 
-def cosine(data: TaskData) -> Scorer:
-    """Σ n(i, t) / √(n(i) n(t)) over the items i of the row; n counts the training examples that have i, t or both.
-
-    n(i, t) leaves out the row's own examples: their targets would come first, and are never asked for again. MRR@5 is
-    0.0072 and 0.0158 in tasks 2 and 3; with them 0.0025 and 0.0086, which is less than `popular` has.
-    """
+def cosine(data: TaskData) -> Scores:
+    """Σ n(i, t) / √(n(i) n(t)) over the items i of the row; n counts the training examples that have i, t or both."""
     items, both = pair_counts(data)
     train, of_target = data.splits["train"], frequencies(data).clip(1)
     of_item = np.bincount(items[data.users[train]].ravel(), minlength=len(data.items)).clip(1)
-    own = Table(data.users[train], data.targets[train], np.ones(len(train)), len(items), both.width)
 
-    def scores(row: int) -> np.ndarray:
+    def scores(row: int, seen: int) -> np.ndarray:
         there = items[row][items[row] > 0]
-        weights = 1 / np.sqrt(of_item[there])
-        return (both.weighted_sum(there, weights) - own.weighted_sum([row], [weights.sum()])) / np.sqrt(of_target)
+        return both.weighted_sum(there, 1 / np.sqrt(of_item[there])) / np.sqrt(of_target)
 
     return scores
 
 
-def naive_bayes(data: TaskData) -> Scorer:
+def naive_bayes(data: TaskData) -> Scores:
     """log P(c) + Σ log P(i | c) over the items i of the row: multinomial, both with Laplace smoothing.
 
     The Bernoulli form is as good (0.719).
@@ -120,7 +114,7 @@ def naive_bayes(data: TaskData) -> Scorer:
     of_class = np.bincount(both.columns, both.values, both.width) + kinds
     prior, both.values = np.log1p(frequencies(data)), np.log1p(both.values)
 
-    def scores(row: int) -> np.ndarray:
+    def scores(row: int, seen: int) -> np.ndarray:
         there = items[row][items[row] > 0]
         return prior + both.weighted_sum(there, np.ones(len(there))) - len(there) * np.log(of_class)
 
@@ -130,11 +124,20 @@ def naive_bayes(data: TaskData) -> Scorer:
 METHODS = {"popular": (popular,) * 4, "counting": (markov, cosine, cosine, naive_bayes)}  # for tasks 1 to 4
 
 
-def ranks(scores_of: Scorer, data: TaskData, examples: np.ndarray) -> np.ndarray:
-    """(N,) for N examples, as `metrics.rank_examples` has them."""
-    found = []
-    for part in np.array_split(examples, len(examples) * len(data.target_vocabulary) // metrics.SCORES_AT_ONCE + 1):
-        scores = torch.from_numpy(np.stack([scores_of(row) for row in data.users[part]]))
-        scores[:, 0] = -torch.inf  # <UNK> is nobody's target
-        found.append(metrics.target_ranks(scores, torch.from_numpy(data.targets[part]).long()))
-    return torch.cat(found).numpy()
+class CountScorer(ranking.Scorer):
+    """A state is a row's number, and how many of its places are seen."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, scores_of: Scores, data: TaskData):
+        self.scores_of, self.data, self.size = scores_of, data, len(data.target_vocabulary)
+
+    def last_states(self, rows: np.ndarray) -> torch.Tensor:
+        return self.states(rows)[:, -1]
+
+    def states(self, rows: np.ndarray) -> torch.Tensor:
+        seen = np.arange(1, self.data.rows.shape[1] + 1)
+        return torch.from_numpy(np.stack(np.broadcast_arrays(rows[:, None], seen), axis=2))
+
+    def scores(self, states: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(np.stack([self.scores_of(row, seen) for row, seen in states.tolist()]))

@@ -1,9 +1,12 @@
-"""The networks that Conure is compared with, and the joint loss of two tasks."""
+"""The networks that Conure is compared with, and the losses that keep earlier tasks in view."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from conure import losses
+from conure.initial_model import items_of_targets
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +17,7 @@ from nextitnet import CausalConv, NextItNet
 from pruning import Stage
 
 ADAPTER_SHARE = 4  # channels of the network per channel of an adapter
+TEMPERATURE = 2.0  # of the softmax of distilled answers, as in Learning without Forgetting
 
 
 def only_named(model: nn.Module, chosen: Callable[[str], bool]) -> list[nn.Parameter]:
@@ -26,22 +30,36 @@ def only_named(model: nn.Module, chosen: Callable[[str], bool]) -> list[nn.Param
 class Unprotected(NextItNet):
     """Trains everything except the heads of other tasks. It is never pruned, so all weights stay free."""
 
-    def own_heads(self, task: int) -> tuple[str, ...]:
-        return (f"heads.{task}.",)
-
     def train_only(self, stage: Stage) -> list[nn.Parameter]:
-        own = self.own_heads(stage.task)
+        own = f"heads.{stage.task}."
         return only_named(self, lambda name: not name.startswith("heads.") or name.startswith(own))
 
 
-class Joint(Unprotected):
-    """Also trains the head of task 1."""
+class AllHeads(NextItNet):
+    """Trains everything, the heads of other tasks too."""
 
-    def own_heads(self, task: int) -> tuple[str, ...]:
-        return (f"heads.{task}.", "heads.1.")
+    def train_only(self, stage: Stage) -> list[nn.Parameter]:
+        return only_named(self, lambda name: True)
+
+
+class Joint(AllHeads):
+    """Task 1 and another one, with task 1's tables."""
 
     def tables(self, task: int) -> set[nn.Parameter]:
         return super().tables(1)
+
+
+class FrozenHead(NextItNet):
+    """Conure, but a head that starts as task 1's stays so: the free conv weights are all that the task trains.
+
+    A head with no such start is trained, as gender's is.
+    """
+
+    def train_only(self, stage: Stage) -> list[nn.Parameter]:
+        trained = super().train_only(stage)
+        if stage.task in self.anchors:
+            self.head(stage.task).requires_grad_(False)
+        return [parameter for parameter in trained if parameter.requires_grad]
 
 
 class HeadOnly(NextItNet):
@@ -81,14 +99,64 @@ class Adapted(NextItNet):
         return only_named(self, lambda name: ".adapter." in name or name.startswith(f"heads.{stage.task}."))
 
 
-class JointLoss:
-    """The task's loss plus that of task 1 on a batch drawn for it."""
+@torch.no_grad()
+def add_item_head(model: NextItNet, data: data_loader.TaskData, task: int) -> None:
+    """A head for the task that scores a target as task 1 scores the item of that token; no item ranks last."""
+    model.add_head(task, len(data.target_vocabulary), bias=True)
+    items, first, head = items_of_targets(data), model.head(1), model.head(task)
+    head.weight.copy_(first.weight[items])
+    head.bias.copy_(torch.where(items > 0, first.bias[items], -torch.inf))
 
-    def __init__(self, own: losses.Loss, first: losses.Loss, data: data_loader.TaskData, batch_size: int):
-        self.own, self.first, self.data, self.batch_size = own, first, data, batch_size
+
+class Memory(NamedTuple):
+    """Training examples of another task, and how many a batch takes."""
+
+    task: int
+    data: data_loader.TaskData
+    loss: losses.Loss
+    examples: np.ndarray
+    batch_size: int
+
+
+class JointLoss:
+    """The task's loss plus that of another task on a batch drawn from its memory; which task, is drawn too."""
+
+    def __init__(self, own: losses.Loss, memories: list[Memory]):
+        self.own, self.memories = own, memories
 
     def __call__(self, model: NextItNet, stage: Stage, batch: Batch, generator, shard):
-        examples = self.data.splits["train"]
-        drawn = examples[torch.randint(len(examples), (self.batch_size,), generator=generator).numpy()]
-        first = self.first(model, Stage(1, stage.mode), self.data.batch(drawn), generator, shard)
-        return self.own(model, stage, batch, generator, shard) + first
+        task, data, loss, examples, batch_size = self.memories[draw(len(self.memories), 1, generator)[0]]
+        drawn = data.batch(examples[draw(len(examples), batch_size, generator)])
+        other = loss(model, Stage(task, stage.mode), drawn, generator, shard)
+        return self.own(model, stage, batch, generator, shard) + other
+
+
+def draw(size: int, count: int, generator: torch.Generator) -> np.ndarray:
+    """Numbers below `size`, (count,)."""
+    return torch.randint(size, (count,), generator=generator).numpy()
+
+
+class DistilledLoss:
+    """The task's loss plus, for every earlier task, the cross entropy of its answers to the task's inputs with those
+    of the model `before`: "Learning without Forgetting" (Li & Hoiem, ECCV 2016), both with a weight of 1."""
+
+    def __init__(self, own: losses.Loss, before: NextItNet):
+        self.own, self.before = own, before.eval().requires_grad_(False)
+
+    def __call__(self, model: NextItNet, stage: Stage, batch: Batch, generator, shard):
+        rows = losses.to_device(shard.of(batch.inputs), model.embedding.weight.device)
+        loss = self.own(model, stage, batch, generator, shard)
+        for task in range(1, stage.task):
+            answers = self.answers(model, rows, task, stage.mode)
+            wanted = self.answers(self.before, rows, task, stage.mode).softmax(dim=1)
+            loss = loss + F.cross_entropy(answers, wanted, reduction="sum") / len(batch.rows)
+        return loss
+
+    def answers(self, model: NextItNet, rows: Tensor, task: int, mode: str) -> Tensor:
+        """Logits (R, targets but <UNK>), softened. Task 1 never saw what separates a sequence from its target."""
+        seen = rows[:, :-1] if task == 1 else rows
+        padded = F.pad(seen, (0, 0, 0, -len(seen) % losses.ENCODED_ROWS))
+        return model.scores(padded, Stage(task, mode))[: len(seen), 1:].float() / TEMPERATURE
+
+
+AnyLoss = losses.Loss | JointLoss | DistilledLoss

@@ -39,16 +39,18 @@ class Settings:
     device: Device = "auto"  # auto: cuda if there is a GPU
     channels: Width = 64  # width of the embedding and of every layer
     dilations: Dilations = (1, 4, 1, 4)  # one residual block each
-    first_epochs: Count = 20  # of task 1, in tp and again in ret
-    epochs: Count = 4  # of every other task, in tp and again in ret
-    batch_size: Count = 128  # of every other task
-    learning_rate: Positive = 1e-3  # of every other task
+    first_epochs: Count = 30  # of task 1 in tp
+    first_ret_epochs: Count = 6  # of task 1 in ret
+    epochs: Count = 4  # of every other task in tp
+    ret_epochs: Count = 12  # of every other task in ret
+    batch_size: Count = 512  # of every other task
+    learning_rate: Positive = 3e-3  # of every other task
 
 
 class StudyFiles(StageFiles):
     """A stage that starts from the checkpoint named, or from nothing, wherever it stands."""
 
-    def __init__(self, start: str | None, network: type[NextItNet], *arguments: Any):
+    def __init__(self, start: str | None, network: Callable[..., NextItNet], *arguments: Any):
         self.start, self.network = start, network
         super().__init__(*arguments)
 
@@ -75,10 +77,10 @@ class Study:
         values["index_path"] = str(self.folder / "index.csv")
         values["data_path"] = os.path.join(self.hp.data_dir, os.path.basename(block.data_path))
         values |= {name: getattr(self.hp, name) for name in ("device", "channels", "dilations")}
-        if task == 1:
-            values["epochs"] = self.hp.first_epochs
-        else:
-            values |= {name: getattr(self.hp, name) for name in ("epochs", "batch_size", "learning_rate")}
+        epochs = {(True, "tp"): "first_epochs", (True, "ret"): "first_ret_epochs", (False, "tp"): "epochs"}
+        values["epochs"] = getattr(self.hp, epochs.get((task == 1, mode), "ret_epochs"))
+        if task > 1:
+            values |= {name: getattr(self.hp, name) for name in ("batch_size", "learning_rate")}
         return SimpleNamespace(**values | changes)
 
     def data(self, task: int) -> data_loader.TaskData:
@@ -102,19 +104,20 @@ class Study:
         data: data_loader.TaskData,
         loss: losses.Loss,
         start: str | None,
-        network: type[NextItNet] = NextItNet,
+        network: Callable[..., NextItNet] = NextItNet,
         metric: str = "ranking",
+        prunes: bool = True,
     ) -> None:
         """One stage from the checkpoint `start` to one in `folder`, unless that is finished.
 
-        A NextItNet is pruned after tp, as in the scripts; another network never. What is printed goes to log.txt.
+        With `prunes` it is pruned after tp, as in the scripts. What is printed goes to log.txt.
         """
         folder.mkdir(parents=True, exist_ok=True)
         hp.checkpoint_dir = str(folder)
         with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.suppress(NothingToDo):
             run = training.Run(hp, stage, data, metric, lambda *arguments: StudyFiles(start, network, *arguments))
             run.train(loss, to_the_end=True)  # as one that is cut short would be compared with others that are not
-            if network is NextItNet and stage.mode == "tp":
+            if prunes and stage.mode == "tp":
                 run.prune()
             run.save()
 
