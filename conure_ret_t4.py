@@ -29,7 +29,7 @@ class Hyperparameters(Running):
     average_last: Below1 = ours(0.5, original=0.0)  # share of the steps, the last ones, over which weights are averaged
     beta1: Below1 = 0.9  # of Adam
     loss: Loss = ours("softmax", original="bce")  # cross entropy over all targets; bce: with one uniform negative
-    dropout: Below1 = 0.0  # dropout probability, of embeddings, residual blocks and last states
+    dropout: Below1 = ours(0.3, original=0.0)  # dropout probability, of embeddings, residual blocks and last states
     l2: NonNegative = 0.02  # l2 * sum(w^2) / 2 over the head, of its change if informed
     test_fraction: Share = 0.2  # share held out: half validation, half test; as in tp
     split_seed: SplitSeed = 10  # of which examples are held out

@@ -30,7 +30,7 @@ class Hyperparameters(Running):
     beta1: Below1 = 0.9  # of Adam
     loss: Loss = ours("softmax", original="bce")  # cross entropy over all targets; bce: with one uniform negative
     informed_head: bool = ours(True, original=False)  # start the head from task 1's, or from the targets' frequencies
-    dropout: Below1 = 0.0  # dropout probability, of embeddings, residual blocks and last states
+    dropout: Below1 = ours(0.3, original=0.0)  # dropout probability, of embeddings, residual blocks and last states
     l2: NonNegative = 0.02  # l2 * sum(w^2) / 2 over the head, of its change if informed
     prune_ratio: Share = 0.7  # share of the free weights that stays free for later tasks
     test_fraction: Share = 0.2  # share held out: half validation, half test

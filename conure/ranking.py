@@ -193,7 +193,7 @@ class Ranker:
                 raw = target_ranks(scores, targets)
                 ranks[:, part] = torch.stack([raw - known_before(scores, targets, self.to_device(known[own])), raw])
                 if probabilities:
-                    logs[part] = scores[:, 1:].log_softmax(dim=1)
+                    logs[part] = scores[:, 1:].float().log_softmax(dim=1)
         return (*processes.total(ranks).cpu().numpy(), processes.total(logs).cpu().numpy())
 
     @torch.no_grad()

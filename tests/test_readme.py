@@ -16,7 +16,7 @@ import data_loader
 from pruning import Stage
 
 COMMAND = r"(?:bash|rm|awk|python3|(?:[A-Z_]+=\S+ )*bash|\.venv/bin/\w+) .*"
-TINY = "--first_epochs 1 --epochs 1 --channels 8 --dilations 1 --seeds 1"
+TINY = "--first_epochs 1 --first_ret_epochs 1 --epochs 1 --ret_epochs 1 --channels 8 --dilations 1 --seeds 1"
 APART = "--checkpoint_dir apart --index_path apart/index.csv --epochs 1 --channels 8 --dilations 1"
 
 # Which commands are not run as they stand, and what makes them short; the demo stands for the data that they name.

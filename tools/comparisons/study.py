@@ -27,6 +27,7 @@ from pruning import Stage
 
 T = TypeVar("T")
 
+ARCHITECTURE = ("kernel_size", "positional_embedding", "tied")  # which only the script that begins a model has
 METRIC = {4: "accuracy"}  # of the tasks that are not scored by ranking, as in their scripts
 
 
@@ -34,7 +35,7 @@ METRIC = {4: "accuracy"}  # of the tasks that are not scored by ranking, as in t
 class Settings:
     data_dir: str = "Data/Session"  # where the task files are
     output_dir: str = "checkpoints/study"  # finished stages are skipped, unfinished ones resume
-    seeds: Count = 3  # how many runs of each kind
+    seeds: Count = 5  # how many runs of each kind
     first_seed: SplitSeed = 10  # of the first run and its split; each further one counts up
     device: Device = "auto"  # auto: cuda if there is a GPU
     channels: Width = 64  # width of the embedding and of every layer
@@ -42,9 +43,12 @@ class Settings:
     first_epochs: Count = 30  # of task 1 in tp
     first_ret_epochs: Count = 6  # of task 1 in ret
     epochs: Count = 4  # of every other task in tp
-    ret_epochs: Count = 12  # of every other task in ret
-    batch_size: Count = 512  # of every other task
-    learning_rate: Positive = 3e-3  # of every other task
+    ret_epochs: Count = 12  # of tasks 2 and 3 in ret
+    batch_size: Count = 512  # of tasks 2 and 3
+    learning_rate: Positive = 3e-3  # of tasks 2 and 3
+    class_ret_epochs: Count = 4  # of task 4 in ret
+    class_batch_size: Count = 128  # of task 4
+    class_learning_rate: Positive = 1e-3  # of task 4
 
 
 class StudyFiles(StageFiles):
@@ -71,16 +75,18 @@ class Study:
 
     def settings(self, task: int, mode: str, **changes: Any) -> SimpleNamespace:
         """The task's script's, with the architecture and the changes that the tool's block asks for."""
-        scripts = ("conure_tp_t1.py", f"conure_{mode}_t{task}.py")  # the first for what only it has, as the kernel size
-        first, block = map(of_script, scripts)
-        values = vars(first) | vars(block) | {"seed": self.seed, "split_seed": self.seed}  # spreads are of both
+        hp, first, block = self.hp, of_script("conure_tp_t1.py"), of_script(f"conure_{mode}_t{task}.py")
+        values = {name: getattr(first, name) for name in ARCHITECTURE} | vars(block)
+        values |= {"seed": self.seed, "split_seed": self.seed}  # spreads are of both
         values["index_path"] = str(self.folder / "index.csv")
-        values["data_path"] = os.path.join(self.hp.data_dir, os.path.basename(block.data_path))
-        values |= {name: getattr(self.hp, name) for name in ("device", "channels", "dilations")}
-        epochs = {(True, "tp"): "first_epochs", (True, "ret"): "first_ret_epochs", (False, "tp"): "epochs"}
-        values["epochs"] = getattr(self.hp, epochs.get((task == 1, mode), "ret_epochs"))
-        if task > 1:
-            values |= {name: getattr(self.hp, name) for name in ("batch_size", "learning_rate")}
+        values["data_path"] = os.path.join(hp.data_dir, os.path.basename(block.data_path))
+        values |= {name: getattr(hp, name) for name in ("device", "channels", "dilations")}
+        if task == 1:
+            values["epochs"] = hp.first_epochs if mode == "tp" else hp.first_ret_epochs
+        else:
+            kind = "class_" if task in METRIC else ""
+            values["epochs"] = hp.epochs if mode == "tp" else getattr(hp, f"{kind}ret_epochs")
+            values |= {name: getattr(hp, kind + name) for name in ("batch_size", "learning_rate")}
         return SimpleNamespace(**values | changes)
 
     def data(self, task: int) -> data_loader.TaskData:
