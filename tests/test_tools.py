@@ -232,8 +232,9 @@ def test_capacity_learns_a_task_at_every_depth(demo, tmp_path, run_here):
     run_python("-m", "tools.capacity", *flags, "--percents", "50,90", "--depths", "1,3")
     table = pd.read_csv(tmp_path / "capacity.csv")
     assert table[["prune_ratio", "task", "learned_before"]].to_numpy().tolist() == [
-        [ratio, *place] for ratio in (0.5, 0.9) for place in ((1, 0), (3, 1), (3, 3))
+        [ratio, *place] for ratio in (0.5, 0.9) for place in ((1, 0), (3, 1), (3, 1), (3, 3), (3, 3))
     ]
+    assert [place for place, free in enumerate(table["free"]) if free == 0] == [2, 4, 7, 9], "the controls"
     for percent, share in ((50, 0.5), (90, 0.9)):
         for path in (tmp_path / "seed_10" / f"ratio_{percent}").glob("*_t1.pt"):
             code, output, _ = run_here("evaluate.py", "--checkpoint", str(path), "--device", "cpu")
@@ -241,4 +242,10 @@ def test_capacity_learns_a_task_at_every_depth(demo, tmp_path, run_here):
         content, _ = checkpoint.load(str(tmp_path / "seed_10" / f"ratio_{percent}" / "ret_t3.pt"))
         free = pruning.shares(checkpoint.build_model(content))[pruning.FREE]
         assert free == pytest.approx(share**3, abs=0.02)
+        alone, _ = checkpoint.load(str(tmp_path / "seed_10" / f"ratio_{percent}" / "control_3" / "tp_t4.pt"))
+        for name, owner in content["model"].items():
+            if name.endswith(".owner"):
+                weight = name.replace("owner", "weight")
+                owned = torch.where(owner == pruning.FREE, 0.0, content["model"][weight])
+                assert torch.equal(alone["model"][weight], owned)
     assert "capacity.csv exists: --overwrite replaces it" in refused(run_here("tools.capacity", *flags))

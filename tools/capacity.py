@@ -1,7 +1,8 @@
 """Measure capacity: scores against the prune ratio and against the number of tasks learned before.
 
 For every prune ratio one model learns task 1 and then further tasks. These are alike: they split the targets of task 2
-by popularity rank. At several depths a copy of the model learns task 3 next.
+by popularity rank. At several depths a copy of the model learns task 3 next; and so does another copy, the control,
+that has no free weight for it, so that it trains a head alone.
 
 READS  the task files in data_dir
 WRITES to output_dir: a folder per seed, from which an interrupted run resumes; capacity.csv; capacity.png, if
@@ -28,7 +29,7 @@ import pandas as pd
 import data_loader
 import pruning
 from pruning import Stage
-from tools.comparisons import study
+from tools.comparisons import networks, study
 
 SPLIT_TASK, NEXT_TASK = 2, 3  # whose targets are split, and which task is learned at each depth
 
@@ -96,6 +97,21 @@ class Capacity(study.Study):
             if number in self.hp.depths:
                 self.next_task(folder / f"after_{number}", number, ratio)
                 yield self.row(percent, NEXT_TASK, number, folder / f"after_{number}")
+                self.head_alone(folder / f"control_{number}", number)
+                yield self.row(percent, NEXT_TASK, number, folder / f"control_{number}", control=True)
+
+    def head_alone(self, folder: Path, learned: int) -> None:
+        """Learns a head for task 3 on what `learned` tasks own, for as many epochs; free weights are zero, and stay."""
+        name = checkpoint.path_of("", Stage(learned, "ret"))
+        content, _ = checkpoint.load(str(folder.parent / name))
+        for layer, owner in [(key, value) for key, value in content["model"].items() if key.endswith(".owner")]:
+            content["model"][layer.replace("owner", "weight")][owner == pruning.FREE] = 0.0
+        folder.mkdir(exist_ok=True)
+        checkpoint.save(str(folder / name), content)
+        hp, data = self.settings(NEXT_TASK, "tp"), self.data(NEXT_TASK)
+        hp.epochs += self.settings(NEXT_TASK, "ret").epochs
+        stage, loss = Stage(learned + 1, "tp"), self.loss(NEXT_TASK, hp)
+        self.learn(folder, hp, stage, data, loss, str(folder / name), networks.HeadOnly, prunes=False)
 
     def next_task(self, folder: Path, learned: int, ratio: float) -> None:
         """Learns task 3 after `learned` tasks."""
@@ -106,13 +122,15 @@ class Capacity(study.Study):
             data = self.data(NEXT_TASK)
             self.learn(folder, hp, Stage(learned + 1, mode), data, self.loss(NEXT_TASK, hp), start)
 
-    def row(self, percent: int, task: int, learned: int, folder: Path) -> dict[str, Any]:
+    def row(self, percent: int, task: int, learned: int, folder: Path, control: bool = False) -> dict[str, Any]:
         """The test score of the task learned after `learned` others, and the share of weights that was free for it."""
-        content, _ = checkpoint.load(checkpoint.path_of(str(folder), Stage(learned + 1, "ret")))
-        scores = content["tasks"][learned + 1]["results"]["ret"]["test"]
+        mode = "tp" if control else "ret"
+        content, _ = checkpoint.load(checkpoint.path_of(str(folder), Stage(learned + 1, mode)))
+        scores = content["tasks"][learned + 1]["results"][mode]["test"]
         name, score = next(iter(scores.items()))
         row = {"seed": self.seed, "prune_ratio": percent / 100, "task": task, "learned_before": learned}
-        return row | {"free": (percent / 100) ** learned, name: score, "n": scores["n"]}
+        free = 0.0 if control else (percent / 100) ** learned
+        return row | {"free": free, "metric": name, "score": score, "n": scores["n"]}
 
 
 def plot(table: pd.DataFrame, path: str) -> None:
@@ -122,15 +140,18 @@ def plot(table: pd.DataFrame, path: str) -> None:
     except ImportError:
         print(f"{path} is left out: it takes matplotlib (.venv/bin/python -m pip install matplotlib)")
         return
-    score = next(name for name in table if name.startswith("mrr"))
-    statistics = table.groupby(["task", "learned_before", "prune_ratio"])[score].agg(["mean", "std"]).reset_index()
+    table = table.assign(control=table["free"] == 0)
+    kinds = ["task", "learned_before", "prune_ratio", "control"]
+    statistics = table.groupby(kinds)["score"].agg(["mean", "std"]).reset_index()
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    first, later = statistics[statistics["task"] == 1], statistics[statistics["task"] != 1]
+    first, later = statistics[statistics["task"] == 1], statistics[(statistics["task"] != 1) & ~statistics["control"]]
     left.errorbar(first["prune_ratio"], first["mean"], first["std"], marker="o", capsize=3)
-    left.set(title="Task 1", xlabel="prune ratio", ylabel=f"{score}, test")
+    left.set(title="Task 1", xlabel="prune ratio", ylabel="test score")
     for learned, rows in later.groupby("learned_before"):
         label = f"{learned} task{'s' if learned > 1 else ''} before"
         middle.errorbar(rows["prune_ratio"], rows["mean"], rows["std"], marker="o", capsize=3, label=label)
+    for learned, rows in statistics[statistics["control"]].groupby("learned_before"):
+        middle.plot(rows["prune_ratio"], rows["mean"], "x", color="gray", label=f"{learned} before, head alone")
     middle.set(title="A later task", xlabel="prune ratio", ylim=(0, None))
     for ratio, rows in later.groupby("prune_ratio"):
         right.errorbar(rows["learned_before"], rows["mean"], rows["std"], marker="o", capsize=3, label=f"{ratio:g}")
