@@ -19,6 +19,7 @@ from conure.settings import (
     Seed,
     Share,
     SplitSeed,
+    Tied,
     UpTo1,
     Width,
     ours,
@@ -44,7 +45,7 @@ class Hyperparameters(Running):
     dilations: Dilations = (1, 4, 1, 4, 1, 4, 1, 4)  # one residual block each
     kernel_size: KernelSize = 3  # taps of every convolution
     positional_embedding: bool = False  # add a learned embedding of each position to the items'
-    tied: bool = ours(True, original=False)  # the head's weight is the item embedding, which halves the tables
+    tied: Tied = ours("auto", original="no")  # the head's weight is the item embedding; auto: unless items recur
     negative_fraction: UpTo1 = 0.2  # share of the items drawn as negatives at each step; 1: full softmax
     padding_in_loss: bool = ours(False, original=True)  # predict padding too
     dropout: Below1 = ours(0.3, original=0.0)  # dropout probability, of embeddings, residual blocks and last states

@@ -2,7 +2,7 @@
 
 from conure import checkpoint
 from conure.errors import InputError
-from conure.ranking import ModelScorer, Ranker
+from conure.ranking import ModelScorer, Ranker, items_recur
 from conure.stage_files import StageFiles
 
 import numpy as np
@@ -26,7 +26,9 @@ def initial_model(files: StageFiles, device: torch.device) -> tuple[NextItNet, b
     hp, data, (task, mode) = files.hp, files.data, files.stage
     if files.before is None:
         positions = data.rows.shape[1] if hp.positional_embedding else 0
-        model = files.network(len(data.items), hp.channels, hp.dilations, hp.kernel_size, positions, hp.tied)
+        tied = hp.tied == "yes" or (hp.tied == "auto" and not items_recur(data))
+        model = files.network(len(data.items), hp.channels, hp.dilations, hp.kernel_size, positions, tied)
+        print(f"head of task 1: {'tied to the item embedding' if tied else 'a table of its own'}")
     else:
         model = checkpoint.build_model(files.before, files.network)
     if mode == "tp" and task > 1:

@@ -9,6 +9,7 @@ from typing import Any
 from conure import checkpoint, processes
 from conure.errors import InputError
 from conure.files import whole_file
+from conure.metrics import Protocol
 from conure.settings import printable
 
 import pandas as pd
@@ -21,14 +22,28 @@ from pruning import Stage
 
 SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal to draw a bar on
 COLUMNS = ("state", "task", "split", "epoch", "n", "seconds")  # of results.csv, besides those of scores
+RANKED = {  # what `leave_out` means
+    "nothing": "among all",
+    "targets": "among all but the targets that the user has in training",
+    "known": "among all but the row's items and the targets that the user has in training",
+}
 SCORES = ("mrr", "hr", "ndcg", "accuracy", "balanced_accuracy", "auc")  # how the names of scores begin
 
 
-def announce(hp: Any, data: TaskData, model: nn.Module, trained: int, device: torch.device, precision: str) -> None:
-    """Prints settings, data, parameter counts, device with precision, and versions."""
+def announce(
+    hp: Any,
+    data: TaskData,
+    model: nn.Module,
+    trained: int,
+    device: torch.device,
+    precision: str,
+    protocol: Protocol,
+) -> None:
+    """Prints settings, data, how its targets are ranked, parameter counts, device with precision, and versions."""
     for name, value in vars(hp).items():
         print(f"  {name:20} {printable(value)}")
     print("data:", "\n  ".join(data.describe()))
+    print(f"ranks: {RANKED[protocol.leave_out]}")
     total = sum(parameter.numel() for parameter in model.parameters())
     print(f"parameters: {total:,}, of which this stage trains {trained:,}")
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""

@@ -46,8 +46,10 @@ class TrainingState:
         """Has the mean weights in the place of the present ones, if there are any."""
         present = [parameter.detach().clone() for parameter in self.trained] if self.mean_weights else []
         self.set_weights(self.mean_weights)
-        yield
-        self.set_weights(present)
+        try:
+            yield
+        finally:
+            self.set_weights(present)
 
     @torch.no_grad()
     def set_weights(self, weights: list[torch.Tensor]) -> None:

@@ -26,11 +26,6 @@ from nextitnet import NextItNet
 from pruning import Stage
 
 CHECK_EVERY = 50  # steps between looks at the losses, for which a GPU has to finish what it was given
-RANKED = {
-    "nothing": "among all",
-    "targets": "among all but the targets that the user has in training",
-    "known": "among all but the row's items and the targets that the user has in training",
-}
 BETA2, ADAM_EPS = 0.999, 1e-8  # the original's, which are Adam's defaults
 
 
@@ -103,8 +98,7 @@ class Run:
             resumed = self.files.snapshot.resume(self.state, self.device)
             identity = self.files.identity
             identity["precision"] = pick_precision(identity["precision"], self.device)  # a resumed run keeps its own
-            announce(hp, data, self.model, count, self.device, identity["precision"])
-            print(f"ranks: {RANKED[self.protocol.leave_out]}")
+            announce(hp, data, self.model, count, self.device, identity["precision"], self.protocol)
             processes.wait()  # until all have read what the first one is about to remove or to write over
             if not resumed:
                 self.files.snapshot.remove()

@@ -102,7 +102,7 @@ def demo(made_once) -> Path:
 def chain_settings(task: int, mode: str) -> list[str]:
     """The hyperparameters of the tests' chain; some of them odd, so that a script that ignores them is found out."""
     if task == 1:
-        shape = ["--channels", "32", "--dilations", "1,4"] if mode == "tp" else []
+        shape = ["--channels", "32", "--dilations", "1,4", "--tied", "yes"] if mode == "tp" else []
         return [*shape, "--epochs", "10" if mode == "tp" else "5", "--learning_rate", "3e-3"]
     odd = {(2, "tp"): ["--prune_ratio", "0.6"], (4, "tp"): ["--eval_every", "5"]}.get((task, mode), [])
     return ["--epochs", "6", "--batch_size", "128", "--learning_rate", "1e-3", *odd]

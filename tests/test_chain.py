@@ -292,6 +292,20 @@ def test_a_task_beats_the_most_frequent_targets(chain, task, factor, margin):
     assert learned > factor * popularity + margin, f"{learned:.4f} against {popularity:.4f}"
 
 
+@pytest.mark.parametrize("recurring, told", [(1, "tied to the item embedding"), (60, "a table of its own")])
+def test_the_head_of_task_1_is_tied_unless_items_recur(tmp_path, run_here, recurring, told):
+    (tmp_path / "Data").mkdir()
+    lines = [f"a{user},b,{'b' if user < recurring else 'c'}\n" for user in range(200)]
+    (tmp_path / "Data" / FILES[1]).write_text("".join(lines))
+    small = ["--epochs", "1", "--channels", "4", "--dilations", "1"]
+    code, output, _ = run_here("conure_tp_t1.py", *flags(tmp_path, 1), *small)
+    assert code == 0 and f"head of task 1: {told}\n" in output
+    content = load(tmp_path, 1, "tp")
+    embedding, head = (content["model"][name] for name in ("embedding.weight", "heads.1.weight"))
+    assert torch.equal(embedding, head) == content["architecture"]["tied"] == (recurring == 1)
+    assert "ranks: among all but " + ("the row's items" if recurring == 1 else "the targets") in output
+
+
 @pytest.mark.parametrize("same_things", [True, False])
 def test_a_head_starts_as_task_1s_only_if_its_targets_are_the_same_things(chain_copy, same_things):
     """Targets under tokens of items: the item that comes next, or others under the same tokens."""

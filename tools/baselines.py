@@ -106,7 +106,7 @@ class Comparison(study.Study):
         if step.head == "random":
             hp.informed_head = False
         if step.network is networks.HeadOnly:  # which trains no embedding, and a head of its own for task 1 too
-            hp.tied = False
+            hp.tied = "no"
         network = step.network
         if network is SASRec:
             hp.positional_embedding, network = True, partial(SASRec, padding=data.padding_id)
