@@ -2,7 +2,7 @@
 
 from conure import checkpoint
 from conure.errors import InputError
-from conure.ranking import ModelScorer, Ranker, items_recur
+from conure.ranking import ModelScorer, Ranker, recurring
 from conure.stage_files import StageFiles
 
 import numpy as np
@@ -15,6 +15,7 @@ from nextitnet import NextItNet
 from pruning import Stage
 
 EXAMPLES_TO_COMPARE = 2048  # of the training part
+TIED_UP_TO = 0.1  # share of recurring items: a tied head starts by predicting that the last item comes again
 HALVED = np.log(2)  # by how much the mean log rank must be better
 
 
@@ -26,7 +27,7 @@ def initial_model(files: StageFiles, device: torch.device) -> tuple[NextItNet, b
     hp, data, (task, mode) = files.hp, files.data, files.stage
     if files.before is None:
         positions = data.rows.shape[1] if hp.positional_embedding else 0
-        tied = hp.tied == "yes" or (hp.tied == "auto" and not items_recur(data))
+        tied = hp.tied == "yes" or (hp.tied == "auto" and recurring(data) <= TIED_UP_TO)
         model = files.network(len(data.items), hp.channels, hp.dilations, hp.kernel_size, positions, tied)
         print(f"head of task 1: {'tied to the item embedding' if tied else 'a table of its own'}")
     else:

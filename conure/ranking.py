@@ -21,14 +21,14 @@ EVALUATION_BATCH = 256  # one size for all, because a matrix product's last bits
 COMPARED_AT_ONCE = 8192  # scores of a row, which a CPU's cache then still holds when they are counted
 SCORES_AT_ONCE = 1 << 26  # 256 MB, whatever the number of items
 MAX_POSITIONS = 1 << 14  # of a split, that are ranked besides the last ones
-RECURRING = 0.01  # share of training targets among their row's items, above which items are said to recur
+RARELY = 0.01  # `recurring` up to which `auto` leaves out a row's items, whose return would then not be counted
 
 
 def left_out(hp: Any, data: TaskData) -> str:
     """The hyperparameter `leave_out`, with `auto` decided by the data; nothing where a task has none."""
     if getattr(hp, "leave_out", "nothing") != "auto":
         return getattr(hp, "leave_out", "nothing")
-    return "targets" if items_recur(data) else "known"
+    return "known" if recurring(data) <= RARELY else "targets"
 
 
 def protocol_of(hp: Any, metric: str, data: TaskData) -> Protocol:
@@ -43,12 +43,12 @@ def as_targets(data: TaskData) -> Callable[[np.ndarray], np.ndarray]:
     return data.target_vocabulary.look_up(data.items.tokens).__getitem__
 
 
-def items_recur(data: TaskData) -> bool:
-    """Whether users choose items again: if of the training targets more than 1 % are among their row's items."""
+def recurring(data: TaskData) -> float:
+    """How often users choose an item again: the share of training targets that are among their row's items."""
     train, to_targets = data.splits["train"], as_targets(data)
     parts = np.array_split(train, len(train) * data.rows.shape[1] // SCORES_AT_ONCE + 1)
     again = ((to_targets(data.rows[data.users[part]]) == data.targets[part, None]).any(axis=1).sum() for part in parts)
-    return sum(map(int, again)) > RECURRING * len(train)
+    return sum(map(int, again)) / max(len(train), 1)
 
 
 class Known:

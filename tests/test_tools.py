@@ -222,6 +222,17 @@ def test_the_seeds_end_with_the_process_that_started_them(endless):
     wait_for_the_end_of(numbers)
 
 
+def test_tasks_without_a_file_are_left_out(demo, tmp_path, run_here):
+    data = tmp_path / "Data"
+    data.mkdir()
+    flags = ["--data_dir", str(data), "--output_dir", str(tmp_path), "--seeds", "1", *SMALL]
+    assert f"{FILES[1]} does not exist" in refused(run_here("tools.baselines", *flags, "--only", "no_retraining"))
+    for task in (1, 2, 4):
+        (data / FILES[task]).symlink_to(demo / "Data" / FILES[task])
+    assert run_here("tools.baselines", *flags, "--only", "no_retraining")[0] == 0
+    assert set(pd.read_csv(tmp_path / "baselines_no_retraining.csv")["task"]) == {1, 2}
+
+
 def test_an_unknown_method_is_refused(run_here):
     error = refused(run_here("tools.baselines", "--only", "BERT4Rec"))
     assert error.startswith("error: --only BERT4Rec is none of popular, counting, SinMo, ")

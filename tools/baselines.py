@@ -28,12 +28,13 @@ of the task's script. FineAll, FineHead, MTL and PeterRec serve task 1 with SinM
 Conure has a model of task 1, it learns each later task from both starts of the head, the scripts' and a random one, and
 goes on with the better on validation; seconds are of that one.
 
-READS  the task files in data_dir
+READS  the task files in data_dir, up to the first one after task 1 that is not there
 WRITES to output_dir: a folder per seed and method, from which an interrupted run resumes; baselines.csv, a row per
        method, task and seed; baselines.md, mean and standard deviation over the seeds
 """
 
 import hashlib
+import itertools
 import math
 import os
 from collections import defaultdict
@@ -56,7 +57,7 @@ import torch
 
 from pruning import Stage
 from tools.comparisons import counting, networks, study, tables
-from tools.comparisons.methods import CHAINS, FORGETTING, METHODS, TASKS, Step
+from tools.comparisons.methods import CHAINS, FORGETTING, LATER, METHODS, Step
 from tools.comparisons.sasrec import SASRec
 
 ALL = [*counting.METHODS, *METHODS]
@@ -74,6 +75,16 @@ class Hyperparameters(study.Settings):
 
 class Comparison(study.Study):
     """All methods with one seed."""
+
+    def steps(self, method: str) -> list[Step]:
+        """Those of a method with a model, without the tasks whose files are not there; of no other method any."""
+        return [step for step in METHODS.get(method, []) if step.task in self.tasks]
+
+    @property
+    def tasks(self) -> list[int]:
+        """Up to the first one after task 1 that has no file, as in run_all.sh."""
+        there = itertools.takewhile(lambda task: os.path.exists(self.settings(task, "tp").data_path), LATER)
+        return [1, *there]
 
     def folder_of(self, step: Step) -> Path:
         return self.folder / step.method / (f"{step.head}_t{step.task}" if step.head else "")
@@ -141,7 +152,7 @@ class Comparison(study.Study):
 
     def rows(self, method: str) -> Iterator[Row]:
         """A row for every task that the method has learned."""
-        steps = METHODS[method]
+        steps = self.steps(method)
         contents = [self.content(step) for step in steps]
         if method in CHAINS:
             ranks = self.ranks_of(contents[-1])
@@ -175,7 +186,7 @@ class Comparison(study.Study):
 
     def forgetting(self, method: str) -> Iterator[dict[str, Any]]:
         """The test scores of tasks 1..k after task k, where one model has learned them all."""
-        last = {step.task: step for step in METHODS[method]}  # of each task
+        last = {step.task: step for step in self.steps(method)}  # of each task
         for after, step in last.items():
             for task, ranks in self.ranks_of(self.content(step)).items():
                 score = next(iter(metrics.score(ranks, self.protocol(task)).values()))
@@ -187,14 +198,14 @@ class Comparison(study.Study):
         if method in counting.METHODS:
             scorer = counting.CountScorer(counting.METHODS[method][task - 1](data), data)
         else:
-            model = checkpoint.build_model(self.content(METHODS[method][-1]))
+            model = checkpoint.build_model(self.content(self.steps(method)[-1]))
             networks.add_item_head(model, data, task)
             scorer = ranking.ModelScorer(model.to(device), data, Stage(task, "inference"), device)
         return ranking.rank_by(scorer, data, data.splits["test"], self.protocol(task))
 
     def untrained_rows(self, method: str) -> Iterator[Row]:
         """A row for every task that the method scores. A task whose data is too large for counts is left out."""
-        for task in (2, 3) if method == "zero_shot" else TASKS:
+        for task in [task for task in self.tasks if method != "zero_shot" or task in (2, 3)]:
             try:
                 ranks = self.untrained_ranks(method, task)
             except InputError as error:
@@ -224,7 +235,7 @@ def compare(hp: Hyperparameters, seed: int) -> tuple[list[Row], list[dict[str, A
     runs, scores, forgotten = Comparison(hp, seed), [], []
     for method in [hp.only] if hp.only else ALL:
         print(f"seed {seed}: {method}", flush=True)
-        for step in METHODS.get(method, []):
+        for step in runs.steps(method):
             for variant in step.variants():
                 runs.run(variant)
         scores += runs.untrained_rows(method) if method in UNTRAINED else runs.rows(method)
