@@ -27,7 +27,7 @@ def initial_model(files: StageFiles, device: torch.device) -> tuple[NextItNet, b
     hp, data, (task, mode) = files.hp, files.data, files.stage
     if files.before is None:
         positions = data.rows.shape[1] if hp.positional_embedding else 0
-        tied = hp.tied == "yes" or (hp.tied == "auto" and recurring(data) <= TIED_UP_TO)
+        tied = is_tied(hp.tied, data)
         model = files.network(len(data.items), hp.channels, hp.dilations, hp.kernel_size, positions, tied)
         print(f"head of task 1: {'tied to the item embedding' if tied else 'a table of its own'}")
     else:
@@ -44,6 +44,11 @@ def initial_model(files: StageFiles, device: torch.device) -> tuple[NextItNet, b
     if informed:
         anchor(model, data, task)
     return model, informed
+
+
+def is_tied(tied: str, first: TaskData) -> bool:
+    """The hyperparameter, with `auto` decided by task 1's data."""
+    return tied == "yes" or (tied == "auto" and recurring(first) <= TIED_UP_TO)
 
 
 def check_capacity(model: NextItNet, task: int, ratios: list[float]) -> None:

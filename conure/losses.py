@@ -52,11 +52,11 @@ def part(batch: Batch, shard: Shard) -> tuple[Batch, slice]:
 
 
 class LogSumExp(torch.autograd.Function):
-    """`LogSumExp.apply(hidden, own, row_of, weight, bias, hits, dtype)`: Σ log(exp(own[i]) + Σ exp(logit)), () .
+    """`LogSumExp.apply(hidden, own, row_of, weight, bias, hits, dtype)`: the sum over labels of a logsumexp.
 
-    The logits of label i are those of row r = row_of[i]: hidden[r] @ weight.T + bias, without columns hits[r], of which
-    -1 is none. The label's own logit comes apart, so it is known better than products in bfloat16 tell, and its
-    gradient vanishes where the model is sure. hidden (R, C), own (N,), weight (S, C), bias (S,), hits (R, M) int64;
+    That of label i is over its own logit, own[i], and those of its row r = row_of[i]: hidden[r] @ weight.T + bias,
+    without columns hits[r], of which -1 is none. So a label's logit is known better than products in bfloat16 tell, and
+    its gradient vanishes where the model is sure. hidden (R, C), own (N,), weight (S, C), bias (S,), hits (R, M) int64;
     row_of (N,) int64, ascending, on the CPU. Products in `dtype`, all else in float32. Gradients are made in the same
     pass, so that never more than `LOGITS_AT_ONCE` logits exist, and none is computed twice.
     """
@@ -93,7 +93,9 @@ class LogSumExp(torch.autograd.Function):
             total += log_sum.sum()
             own_gradient[of_block] = (own[of_block] - log_sum).exp()
             # What the others have of the softmax, summed over the labels of a row.
-            others_share = torch.segment_reduce((of_label - log_sum).exp(), "sum", lengths=labels[block], initial=0)
+            share, lengths = (of_label - log_sum).exp(), labels[block]
+            # Unsafe, as checking the lengths would wait for a GPU.
+            others_share = torch.segment_reduce(share, "sum", lengths=lengths, initial=0, unsafe=True)
             shares = (others_share[:, None] * (log_sums - others[:, None]).exp()).unbind(dim=1)
             hidden_gradient[block] = 0
             for columns, (within, _), share in zip(pieces(hidden, size), parts, shares):
@@ -135,7 +137,7 @@ def sampled_softmax(
     """The summed loss of `labels` (N,) given `hidden` (N, C) against `negatives` (S,), which all rows share.
 
     From every logit goes the log of the count expected in the sample (`label_counts` (N,), `negative_counts` (S,));
-    negatives that equal the label or one of `left_out` (N, M) do not count. Else as tf.nn.sampled_softmax_loss.
+    negatives among `left_out` (N, M), which must hold the label, do not count. Else as tf.nn.sampled_softmax_loss.
     """
     ids = torch.cat([labels, negatives])
     biases = entries(head.bias, ids) - torch.cat([label_counts, negative_counts]).log()
@@ -144,8 +146,8 @@ def sampled_softmax(
     own = (hidden * label_weight).sum(dim=1) + label_bias
     places = torch.full((len(head.weight),), -1, device=ids.device)
     places[negatives] = torch.arange(len(negatives), device=ids.device)
-    hits, row_of = places[torch.column_stack([labels, left_out])], torch.arange(len(labels))
-    return LogSumExp.apply(hidden, own, row_of, weight, bias, hits, matmul_dtype(hidden)) - own.sum()
+    row_of = torch.arange(len(labels))
+    return LogSumExp.apply(hidden, own, row_of, weight, bias, places[left_out], matmul_dtype(hidden)) - own.sum()
 
 
 def full_softmax(
@@ -218,7 +220,7 @@ class NextItemLoss:
         if self.earlier_items:
             return labels.flatten(0, 1)
         later = torch.ones(inputs.shape[1], inputs.shape[1], dtype=torch.bool).triu(1)  # (T, T)
-        return torch.where(later[:, None], labels, inputs).flatten(0, 1)
+        return torch.cat([labels, torch.where(later[:, None], labels, inputs)], dim=2).flatten(0, 1)
 
 
 class TargetLoss:

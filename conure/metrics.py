@@ -115,7 +115,7 @@ def first_values(ranks: Ranks, protocol: Protocol) -> tuple[np.ndarray, np.ndarr
     """What the task's first score is the mean of, (N,), and the user of each, (N,)."""
     if protocol.metric == "accuracy":
         return (ranks.ranks <= protocol.top_k).astype(float), ranks.users
-    if protocol.all_positions:
+    if len(ranks.position_ranks):
         return reciprocal_ranks(ranks.position_ranks, protocol.top_k), ranks.position_users
     return reciprocal_ranks(ranks.ranks, protocol.top_k), ranks.users
 

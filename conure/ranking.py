@@ -20,7 +20,8 @@ from pruning import Stage
 EVALUATION_BATCH = 256  # one size for all, because a matrix product's last bits may depend on the shape
 COMPARED_AT_ONCE = 8192  # scores of a row, which a CPU's cache then still holds when they are counted
 SCORES_AT_ONCE = 1 << 26  # 256 MB, whatever the number of items
-MAX_POSITIONS = 1 << 14  # of a split, that are ranked besides the last ones
+MAX_POSITIONS = 1 << 14  # of a split, that are ranked besides the last ones; or as many as those, if they are more
+MAX_CLASSES = 1000  # of which probabilities are kept, for the AUC
 RARELY = 0.01  # `recurring` up to which `auto` leaves out a row's items, whose return would then not be counted
 
 
@@ -28,7 +29,9 @@ def left_out(hp: Any, data: TaskData) -> str:
     """The hyperparameter `leave_out`, with `auto` decided by the data; nothing where a task has none."""
     if getattr(hp, "leave_out", "nothing") != "auto":
         return getattr(hp, "leave_out", "nothing")
-    return "known" if recurring(data) <= RARELY else "targets"
+    if recurring(data) <= RARELY:
+        return "known"
+    return "nothing" if data.target_vocabulary is data.items else "targets"  # a row of task 1 has no other target
 
 
 def protocol_of(hp: Any, metric: str, data: TaskData) -> Protocol:
@@ -40,7 +43,10 @@ def as_targets(data: TaskData) -> Callable[[np.ndarray], np.ndarray]:
     """What gives the targets that have the tokens of items, 0 where there is none; ids of any shape, int32."""
     if data.target_vocabulary is data.items:
         return lambda items: items
-    return data.target_vocabulary.look_up(data.items.tokens).__getitem__
+    targets = data.target_vocabulary.look_up(data.items.tokens)
+    if data.padding_id >= 0:
+        targets[data.padding_id] = 0  # the target `0` is something else
+    return targets.__getitem__
 
 
 def recurring(data: TaskData) -> float:
@@ -204,7 +210,8 @@ class Ranker:
         rows = self.data.users[examples]
         labels = np.column_stack([self.data.rows[rows][:, 1:], self.data.targets[examples]])
         real = (labels != self.data.padding_id) & (self.data.rows[rows] != self.data.padding_id)
-        enough = np.searchsorted(real.sum(axis=1).cumsum(), MAX_POSITIONS, side="right")
+        most = max(MAX_POSITIONS, len(examples))
+        enough = np.searchsorted(real.sum(axis=1).cumsum(), most, side="right")
         rows, labels, real = (each[: max(enough, 1)] for each in (rows, labels, real))
         first = np.concatenate([[0], real.sum(axis=1).cumsum()])  # of each row's positions among all
         ranks = torch.zeros(first[-1], dtype=torch.int64, device=self.scorer.device)
@@ -224,7 +231,7 @@ class Ranker:
 def rank_by(scorer: Scorer, data: TaskData, examples: np.ndarray, protocol: Protocol) -> Ranks:
     """Ranks of the targets of `examples`, in their order."""
     ranker = Ranker(scorer, data, protocol.leave_out)
-    ranks, raw, logs = ranker.rank(examples, protocol.metric == "accuracy")
+    ranks, raw, logs = ranker.rank(examples, protocol.metric == "accuracy" and scorer.size <= MAX_CLASSES)
     positions = ranker.rank_positions(examples if protocol.all_positions else examples[:0])
     return Ranks(data.users[examples], data.targets[examples], ranks, raw, *positions, logs)
 

@@ -35,7 +35,7 @@ class TrainingState:
 
     @torch.no_grad()
     def average(self) -> None:
-        """Adds the present weights to the mean; those that never change stay in it as they are, bit for bit."""
+        """Adds the present weights to the mean, where those that never change stay as they are (-0.0 as 0.0)."""
         weights = [parameter.detach() for parameter in self.trained]
         self.mean_weights = self.mean_weights or [weight.clone() for weight in weights]
         self.averaged_steps += 1

@@ -44,7 +44,7 @@ def parameter_groups(model: NextItNet, task: int, table_learning_rate: float) ->
 
 def count_trained(model: NextItNet, stage: Stage, trained: list[nn.Parameter]) -> int:
     """How many numbers the stage trains: of the conv weights only those that get a gradient."""
-    owners = [layer.owner for layer in pruning.owned_weights(model)]
+    owners = [layer.owner for layer in pruning.owned_weights(model) if layer.weight.requires_grad]
     frozen = sum(int((~pruning.used_and_trained(owner, stage)[1]).sum()) for owner in owners)
     return sum(parameter.numel() for parameter in trained) - frozen
 
@@ -216,9 +216,9 @@ class Run:
         with self.state.averaged():
             ranks = ranking.rank(self.model, self.data, examples, stage, self.device, self.protocol)
             scores = metrics.score(ranks, self.protocol)
-            self.results.add(mode, "validation", self.state.epoch, scores, self.state.seconds)
             if mode == "ret" or self.state.step > 0:  # an untrained head is no result of tp, even where it is informed
                 self.state.keep_if_best(next(iter(scores.values())))
+        self.results.add(mode, "validation", self.state.epoch, scores, self.state.seconds)
 
     def prune(self) -> None:
         """Gives the task its share of the free weights and reports what that cost."""

@@ -1,5 +1,6 @@
 """tools.compare: two chains, paired."""
 
+import os
 import re
 
 from conure import checkpoint
@@ -30,11 +31,34 @@ def test_two_folders_are_compared_example_by_example(chain, chain_copy, run_here
     assert float(back[1]) == -difference
 
 
+def test_ranks_that_leave_out_other_targets_are_compared_among_all(chain, chain_copy, run_here):
+    folders = [str(folder / "checkpoints") for folder in (chain[0], chain_copy)]
+    for stage in ("ret_t2", "tp_t3", "ret_t3", "tp_t4", "ret_t4"):
+        os.remove(f"{folders[1]}/{stage}.pt")
+    redo = [*flags(chain_copy, 2), *chain_settings(2, "ret"), "--leave_out", "nothing"]
+    assert run_here("conure_ret_t2.py", *redo)[0] == 0
+    code, output, _ = run_here("tools.compare", *folders)
+    records = [checkpoint.load(checkpoint.newest(folder))[0]["tasks"][2] for folder in folders]
+    raw = [record["results"]["ret"]["test"]["mrr@5_raw"] for record in records]
+    first, second = output.splitlines()
+    assert code == 0 and first.startswith("task 1, mrr@5_all: ") and "b - a +0.0000 [" in first
+    assert second.startswith(f"task 2, mrr@5_raw: a {raw[0]:.4f}, b {raw[1]:.4f}, ")
+
+
+def test_the_better_one_is_named(chain, chain_copy, run_here):
+    content, _ = checkpoint.load(str(chain_copy / "checkpoints" / "ret_t4.pt"))
+    content["tasks"][2]["ranks"]["ranks"].fill_(6)
+    checkpoint.save(str(chain_copy / "checkpoints" / "ret_t4.pt"), content)
+    folders = [str(folder / "checkpoints") for folder in (chain[0], chain_copy)]
+    for order, better in ((folders, "a is better"), (folders[::-1], "b is better")):
+        assert run_here("tools.compare", *order)[1].splitlines()[1].endswith(f": {better}")
+
+
 def test_only_what_was_scored_alike_is_compared(chain, chain_copy, run_here):
     folders = [str(folder / "checkpoints") for folder in (chain[0], chain_copy)]
     redo = [*chain_settings(4, "ret"), "--top_k", "2", "--overwrite"]
     assert run_here("conure_ret_t4.py", *flags(chain_copy, 4), *redo)[0] == 0
     error = refused(run_here("tools.compare", *folders))
-    assert error.startswith("error: task 4 has other protocols in the two folders ({'metric': 'accuracy', 'top_k': 1")
+    assert error.startswith("error: task 4 has other values of top_k in the two folders (1 and 2): ")
     error = refused(run_here("tools.compare", folders[0]))
     assert error == "error: the following arguments are required: B (--help lists the flags)\n"

@@ -182,9 +182,8 @@ def test_task_1_hidden_states_losses_and_predictions(recording):
         own, others = (sampler.expected_count(ids, sampler.draws) for ids in (labels, sampler.ids))
         close(own, recording.tensor(f"{prefix}/true_expected_count"))
         close(others, recording.tensor(f"{prefix}/sampled_expected_count"))
-        rows, nothing = zip(hidden.flatten(0, 1).split(1), labels.split(1), own.split(1)), labels.new_empty(1, 0)
-        given = nothing, model.head(1), sampler.ids
-        each = [losses.sampled_softmax(*row, *given, count, others) for *row, count in rows]
+        rows = zip(hidden.flatten(0, 1).split(1), labels.split(1), labels[:, None].split(1), own.split(1))
+        each = [losses.sampled_softmax(*row, model.head(1), sampler.ids, count, others) for *row, count in rows]
         each = torch.stack(each)
         close(each, recording.tensor(f"{prefix}/loss_per_position"))
         close(recording.loss(1, mode)(model, stage, batch_of(inputs, targets), None), each.mean())

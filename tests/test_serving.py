@@ -19,6 +19,7 @@ import data_loader
 from nextitnet import NextItNet
 from pruning import Stage
 from tools.export import program_of
+from tools.serving import format
 
 
 @pytest.fixture
@@ -166,16 +167,31 @@ def test_recommendations_are_the_best_scores_in_the_users_own_tokens(chain, serv
     assert np.mean(table["target"] == np.array(tokens)[best].ravel()) > 0.99, "but for ties to the last bits"
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_task_1_is_served_with_the_table_that_its_head_has(chain, tied):
+    content = checkpoint.load(str(chain[0] / "checkpoints" / "ret_t4.pt"))[0]
+    weight = content["model"]["heads.1.weight"]
+    content["architecture"]["tied"] = tied
+    if not tied:
+        content["model"]["heads.1.weight"] = weight + 1
+    served = format.extract(content, 1, torch.float32)
+    model = format.build_model(served)
+    assert torch.equal(model.head(1).weight, content["model"]["heads.1.weight"])
+    assert (model.head(1).weight is model.embedding.weight) == tied == ("heads.1.weight" not in served["weights"])
+    assert served["leave_out"] == content["tasks"][1]["protocol"]["leave_out"] == "nothing"
+
+
 def test_what_a_row_holds_is_left_out_if_asked(chain, serving, tool):
     data = chain[0] / "Data" / FILES[1]
     rows = [set(line.split(",")) for line in data.read_text().splitlines()]
     arguments = ("--task", 1, "--serving", serving(1), "--data_path", data, "--top_k", 5)
     seen = []
-    for more in ([], ["--exclude_seen"]):
-        table = pd.read_csv(pd.io.common.StringIO(tool("recommend", *arguments, *more)), dtype={"target": str})
+    for exclude in ("no", "auto", "yes"):
+        output = tool("recommend", *arguments, "--exclude_seen", exclude)
+        table = pd.read_csv(pd.io.common.StringIO(output), dtype={"target": str})
         assert len(table) == 5 * len(rows)
         seen.append(sum(target in rows[user - 1] for user, target in zip(table["user"], table["target"])))
-    assert seen[0] > 0 and seen[1] == 0
+    assert seen[0] == seen[1] > 0 == seen[2], "items recur in these rows, so task 1's ranks did not leave them out"
 
 
 @pytest.mark.parametrize("task", [1, 3])
@@ -248,7 +264,7 @@ def test_what_cannot_be_served_is_refused_in_one_line(chain, serving, run_here, 
     elsewhere = ["--serving", "", "--checkpoint_dir", "elsewhere"]
     assert f"elsewhere/serving_t2.pt does not exist in {Path.cwd()}" in refused(run_here(*missing, *elsewhere))
     assert "must end with .csv" in refused(run_here(*missing, "--output", str(tmp_path / "best")))
-    classes = ["tools.recommend", "--task", "4", "--serving", str(serving(4)), "--exclude_seen"]
+    classes = ["tools.recommend", "--task", "4", "--serving", str(serving(4)), "--exclude_seen", "yes"]
     assert "--exclude_seen is for tasks of items" in refused(run_here(*classes))
     bits = bytearray(Path(served).read_bytes())
     bits[len(bits) // 2] ^= 1

@@ -79,6 +79,7 @@ class Capacity(study.Study):
         protocol = Protocol(**record["protocol"])
         ranks = ranking.rank_held_out(model.to(device), self.data(1), stage, device, protocol)
         record["results"]["pruned"] = {split: metrics.score(each, protocol) for split, each in ranks.items()}
+        record["ranks"] = ranks["test"].to_tensors()
         checkpoint.save(path, content)
 
     def model(self, percent: int, parts: list[data_loader.TaskData]) -> Iterator[dict[str, Any]]:

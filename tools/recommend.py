@@ -9,6 +9,7 @@ NEXT   your own application
 import contextlib
 import sys
 from dataclasses import dataclass
+from typing import Literal
 
 from conure import launch
 from conure.device import pick_device
@@ -25,7 +26,7 @@ from tools.serving.served import Served, Source
 @dataclass
 class Hyperparameters(Source):
     top_k: Count = 10  # how many for each row
-    exclude_seen: bool = False  # leave out items that the row itself contains
+    exclude_seen: Literal["auto", "yes", "no"] = "auto"  # leave out the row's own items; auto: if its ranks did (known)
     output: str = ""  # a .csv file; empty: the terminal
 
 
@@ -42,12 +43,13 @@ def main(hp: Hyperparameters) -> None:
             raise InputError(f"--output {hp.output}: the name must end with .csv")
         hp.check_output(hp.output)
     served = Served(hp, pick_device(hp.device))
-    if hp.exclude_seen and served.metric == "accuracy":
+    if hp.exclude_seen == "yes" and served.metric == "accuracy":
         raise InputError(f"--exclude_seen is for tasks of items: task {hp.task} has classes, of which no row holds one")
+    exclude_seen = hp.exclude_seen == "yes" or (hp.exclude_seen == "auto" and served.leave_out == "known")
     tokens = np.array(served.targets.tokens, dtype=object)
     with whole_file(hp.output) if hp.output else contextlib.nullcontext(sys.stdout.buffer) as file:
         for number, (users, ids) in enumerate(served.batches(hp.data_path, hp.ids)):
-            best = table(users, *served.best(ids, hp.top_k, hp.exclude_seen), tokens)
+            best = table(users, *served.best(ids, hp.top_k, exclude_seen), tokens)
             best.to_csv(file, index=False, header=number == 0)
     print(served.summary(), file=sys.stderr)
     if hp.output:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from conure import losses, training
 from conure.errors import InputError, NothingToDo
+from conure.initial_model import is_tied
 from conure.settings import Count, Device, Dilations, Positive, SplitSeed, Width, of_script
 from conure.stage_files import StageFiles
 
@@ -120,6 +121,7 @@ class Study:
         """
         folder.mkdir(parents=True, exist_ok=True)
         hp.checkpoint_dir = str(folder)
+        hp.tied = "yes" if is_tied(hp.tied, self.data(1)) else "no"  # also where a later task begins the model
         with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.suppress(NothingToDo):
             run = training.Run(hp, stage, data, metric, lambda *arguments: StudyFiles(start, network, *arguments))
             run.train(loss, to_the_end=True)  # as one that is cut short would be compared with others that are not

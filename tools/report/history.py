@@ -39,7 +39,7 @@ def histories(folder: str) -> list[History]:
 
 def history(task: int, rows: pd.DataFrame) -> History:
     """The rows of results.csv of one task, as points; ret is counted on from the end of tp, where pruning is."""
-    names = [name for name in rows if name.startswith(SCORES)]
+    names = sorted((name for name in rows if name.startswith(SCORES)), key=lambda name: not name.endswith("_all"))
     rows = rows.assign(name=rows[names].notna().idxmax(axis=1), score=rows[names].bfill(axis=1).iloc[:, 0])
     end = rows["epoch"].where(rows["state"] == "tp", 0.0).max()
     rows.loc[rows["state"] == "pruned", "epoch"] = end

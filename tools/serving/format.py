@@ -1,7 +1,7 @@
 """The serving file: one task of a model, with the weights that it reads and nothing else.
 
     format         version of this layout
-    task, metric   the task, and how it is scored
+    task, metric, leave_out   the task, how it is scored, and what its ranks leave out
     architecture   the arguments of NextItNet
     length         items in a row: shorter rows are padded on the left, longer ones lose their oldest items
     weights        embedding, position embedding, layer norms and the task's head, if that is not tied to the first
@@ -47,6 +47,7 @@ def extract(content: dict[str, Any], task: int, dtype: torch.dtype) -> dict[str,
         "format": FORMAT,
         "task": task,
         "metric": record["protocol"]["metric"],
+        "leave_out": record["protocol"]["leave_out"],
         "architecture": content["architecture"],
         "length": record["length"],
         "weights": {name: value.to(dtype) for name, value in state.items() if not name.startswith(tuple(unread))},
@@ -92,7 +93,8 @@ def build_model(content: dict[str, Any]) -> NextItNet:
         weight[readable] = layer["weights"].float()
         state[f"{name}.weight"] = weight.view(layer["shape"])
         state[f"{name}.owner"] = (readable * task).to(torch.uint8).view(layer["shape"])
-    if task == 1 and content["architecture"]["tied"]:
+    tied = task == 1 and content["architecture"]["tied"]
+    if tied:
         state["heads.1.weight"] = state["embedding.weight"]
     with torch.device("meta"):  # draws no initial values
         model = NextItNet(**content["architecture"])
@@ -101,4 +103,6 @@ def build_model(content: dict[str, Any]) -> NextItNet:
             head = f"heads.{task}."
             model.add_head(task, len(state[f"{head}weight"]), bias=f"{head}bias" in state)
     model.load_state_dict(state, assign=True)
+    if tied:  # as two parameters they would become two tables on a GPU
+        model.head(1).weight = model.embedding.weight
     return model.eval()

@@ -53,7 +53,8 @@ class Served:
         self.task, self.length, self.device = content["task"], content["length"], device
         self.model = build_model(content).to(device)
         self.items, self.targets = (Vocabulary.from_tensor(content[name]) for name in ("items", "targets"))
-        self.metric, self.channels = content["metric"], content["architecture"]["channels"]
+        self.metric, self.leave_out = content["metric"], content["leave_out"]
+        self.channels = content["architecture"]["channels"]
         self.padding = self.items.ids.get(PADDING, 0)
         self.target_of = torch.from_numpy(self.targets.look_up(self.items.tokens)).long()  # by item; 0: it is none
         self.target_of[self.padding] = 0
