@@ -23,7 +23,7 @@ class Hyperparameters(Running):
     batch_size: Count = 32  # sequences a step
     epochs: Count = 10  # passes over the training part
     learning_rate: Positive = 1e-3  # of Adam
-    table_rate: Positive = ours(10.0, original=1.0)  # learning-rate multiplier of the head
+    table_rate: Positive = ours(10.0, original=1.0)  # learning-rate multiplier of the head; if tied, of its bias
     decay: bool = ours(True, original=False)  # decay the learning rates linearly to 0 at the last step
     average_last: Below1 = 0.0  # share of the steps, the last ones, over which weights are averaged
     beta1: Below1 = 0.9  # of Adam
@@ -33,8 +33,8 @@ class Hyperparameters(Running):
     test_fraction: Share = 0.2  # share held out: half validation, half test; as in tp
     split_seed: SplitSeed = 10  # of which examples are held out
     top_k: Count = 5  # cut-off of MRR, HR and NDCG
-    all_positions: bool = ours(True, original=False)  # score, and select, by every position of held-out rows too
-    leave_out: LeaveOut = ours("auto", original="nothing")  # from ranks, items already in the row; auto: if few recur
+    all_positions: bool = ours(True, original=False)  # of held-out rows: score and select by each, not the last alone
+    leave_out: LeaveOut = ours("auto", original="nothing")  # known: row's items are no candidates; auto: if few recur
     as_original: bool = False  # train as the published code does: with the value named `original` wherever there is one
 
 

@@ -49,7 +49,7 @@ class Hyperparameters(Running):
     split_seed: SplitSeed = 10  # of which examples are held out
     split_by: SplitBy = "example"  # hold out examples, or users, of whom training then knows nothing
     top_k: Count = 5  # cut-off of MRR, HR and NDCG
-    leave_out: LeaveOut = ours("auto", original="nothing")  # from ranks: training targets; known: the row's items too
+    leave_out: LeaveOut = ours("auto", original="nothing")  # no candidates: targets of training; known: row's items too
     as_original: bool = False  # train as the published code does: with the value named `original` wherever there is one
 
 

@@ -53,8 +53,8 @@ class Hyperparameters(Running):
     test_fraction: Share = 0.2  # share held out: half validation, half test
     split_seed: SplitSeed = 10  # of which examples are held out
     top_k: Count = 5  # cut-off of MRR, HR and NDCG
-    all_positions: bool = ours(True, original=False)  # score, and select, by every position of held-out rows too
-    leave_out: LeaveOut = ours("auto", original="nothing")  # from ranks, items already in the row; auto: if few recur
+    all_positions: bool = ours(True, original=False)  # of held-out rows: score and select by each, not the last alone
+    leave_out: LeaveOut = ours("auto", original="nothing")  # known: row's items are no candidates; auto: if few recur
     as_original: bool = False  # train as the published code does: with the value named `original` wherever there is one
 
 

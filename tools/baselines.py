@@ -23,14 +23,14 @@ One model for all:
   frozen_head      Conure, heads of tasks 2 and 3 stay task 1's
   Conure           the eight scripts
 
-The others train a task for as many epochs as Conure trains and retrains it, with the learning rate, batch size and loss
-of the task's script. FineAll, FineHead, MTL and PeterRec serve task 1 with SinMo's model. Where another method than
-Conure has a model of task 1, it learns each later task from both starts of the head, the scripts' and a random one, and
-goes on with the better on validation; seconds are of that one.
+The others train a task for as many epochs as Conure trains and retrains it, with its learning rate, batch size and
+loss. FineAll, FineHead, MTL and PeterRec serve task 1 with SinMo's model. Where another method than Conure has a model
+of task 1, it learns each later task from both starts of the head, the scripts' and a random one, and goes on with the
+better on validation; seconds are of that one.
 
 READS  the task files in data_dir, up to the first one after task 1 that is not there
 WRITES to output_dir: a folder per seed and method, from which an interrupted run resumes; baselines.csv, a row per
-       method, task and seed; baselines.md, mean and standard deviation over the seeds
+       method, task and seed; baselines.md, means and intervals, and what Conure gains over each method
 """
 
 import hashlib
