@@ -317,7 +317,7 @@ def test_each_script_trains_its_own_loss(run_here, monkeypatch, chain_copy, task
     for arguments in (given, ["--as_original"], ["--as_original", *given]):
         assert run_here(f"conure_{mode}_t{task}.py", *flags(folder, task), *arguments, "--overwrite")[0] == 130
     improved, original, both = (loss for loss, _ in seen)
-    assert [dropout for _, dropout in seen] == [0.3 if task == 1 else 0, 0, 0]
+    assert [dropout for _, dropout in seen] == [0.3 if task in (1, 4) else 0, 0, 0]
     if task == 1:
         items = original.sampler.items
         assert [loss.sampler.count for loss in (improved, original, both)] == [items // 2, items // 5, items // 2]
