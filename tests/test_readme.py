@@ -25,7 +25,7 @@ SHORTER = {
     ".venv/bin/python conure_tp_t1.py": APART,
     ".venv/bin/python -m tools.baselines --data_dir DATA_DIR --only Conure": TINY,
     ".venv/bin/python -m tools.baselines --data_dir DATA_DIR": f"{TINY} --only FineHead",
-    ".venv/bin/python -m tools.capacity --data_dir DATA_DIR --epochs 2": f"{TINY} --depths 1,2",
+    ".venv/bin/python -m tools.capacity --data_dir DATA_DIR --percents 50,70,90 --seeds 3": f"{TINY} --depths 1,2",
     ".venv/bin/torchrun --nproc_per_node=2 conure_tp_t1.py": f"{APART} --overwrite",
 }
 ELSEWHERE = {

@@ -148,11 +148,12 @@ def plot(table: pd.DataFrame, path: str) -> None:
     first, later = statistics[statistics["task"] == 1], statistics[(statistics["task"] != 1) & ~statistics["control"]]
     left.errorbar(first["prune_ratio"], first["mean"], first["std"], marker="o", capsize=3)
     left.set(title="Task 1", xlabel="prune ratio", ylabel="test score")
+    controls = statistics[statistics["control"]]
     for learned, rows in later.groupby("learned_before"):
-        label = f"{learned} task{'s' if learned > 1 else ''} before"
-        middle.errorbar(rows["prune_ratio"], rows["mean"], rows["std"], marker="o", capsize=3, label=label)
-    for learned, rows in statistics[statistics["control"]].groupby("learned_before"):
-        middle.plot(rows["prune_ratio"], rows["mean"], "x", color="gray", label=f"{learned} before, head alone")
+        label = f"{learned} task{'s' if learned > 1 else ''} before; x: a head alone"
+        line = middle.errorbar(rows["prune_ratio"], rows["mean"], rows["std"], marker="o", capsize=3, label=label)[0]
+        alone = controls[controls["learned_before"] == learned]
+        middle.plot(alone["prune_ratio"], alone["mean"], "x", color=line.get_color())
     middle.set(title="A later task", xlabel="prune ratio", ylim=(0, None))
     for ratio, rows in later.groupby("prune_ratio"):
         right.errorbar(rows["learned_before"], rows["mean"], rows["std"], marker="o", capsize=3, label=f"{ratio:g}")
