@@ -40,7 +40,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,7 +80,7 @@ class Comparison(study.Study):
         """Those of a method with a model, without the tasks whose files are not there; of no other method any."""
         return [step for step in METHODS.get(method, []) if step.task in self.tasks]
 
-    @property
+    @cached_property
     def tasks(self) -> list[int]:
         """Up to the first one after task 1 that has no file, as in run_all.sh."""
         there = itertools.takewhile(lambda task: os.path.exists(self.settings(task, "tp").data_path), LATER)

@@ -49,8 +49,7 @@ def check_size(data: TaskData, distances: int = 1) -> None:
 def pair_counts(data: TaskData) -> tuple[np.ndarray, Table]:
     """The items of each row, (U, T), 0 for repeats; the number of training examples with an item and a target."""
     check_size(data)
-    items = np.sort(only_items(data, data.rows), axis=1)
-    items[:, 1:][items[:, 1:] == items[:, :-1]] = 0
+    items = ranking.without_repeats(np.sort(only_items(data, data.rows), axis=1))
     train = data.splits["train"]
     example, place = np.nonzero(items[data.users[train]])
     pairs = items[data.users[train][example], place], data.targets[train][example], np.ones(len(example))
