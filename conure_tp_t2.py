@@ -17,6 +17,7 @@ from conure.settings import (
     Loss,
     NonNegative,
     Positive,
+    Rank,
     Running,
     Seed,
     Share,
@@ -45,6 +46,7 @@ class Hyperparameters(Running):
     loss: Loss = ours("softmax", original="bpr")  # cross entropy over all targets; bpr: against one sampled negative
     rho: Positive = 0.3  # of the negative sampling of bpr: the smaller, the more often popular targets are drawn
     informed_head: bool = ours(True, original=False)  # start the head from task 1's, or from the targets' frequencies
+    lora_rank: Rank = ours(16, original=0)  # rank of the update of the item embedding that the task learns; 0: none
     dropout: Below1 = 0.0  # dropout probability, of embeddings, residual blocks and last states
     l2: NonNegative = ours(0.005, original=0.02)  # l2 * sum(w^2) / 2 over the head, of its change if informed
     prune_ratio: Share = 0.7  # share of the free weights that stays free for later tasks

@@ -9,7 +9,20 @@ NEXT   python conure_ret_t4.py
 from dataclasses import dataclass
 
 from conure import launch, losses, training
-from conure.settings import Below1, Count, Loss, NonNegative, Positive, Running, Seed, Share, SplitBy, SplitSeed, ours
+from conure.settings import (
+    Below1,
+    Count,
+    Loss,
+    NonNegative,
+    Positive,
+    Rank,
+    Running,
+    Seed,
+    Share,
+    SplitBy,
+    SplitSeed,
+    ours,
+)
 
 import data_loader
 from data_loader import Split
@@ -30,6 +43,7 @@ class Hyperparameters(Running):
     beta1: Below1 = 0.9  # of Adam
     loss: Loss = ours("softmax", original="bce")  # cross entropy over all targets; bce: with one uniform negative
     informed_head: bool = ours(True, original=False)  # start the head from task 1's, or from the targets' frequencies
+    lora_rank: Rank = ours(16, original=0)  # rank of the update of the item embedding that the task learns; 0: none
     dropout: Below1 = ours(0.3, original=0.0)  # dropout probability, of embeddings, residual blocks and last states
     l2: NonNegative = 0.02  # l2 * sum(w^2) / 2 over the head, of its change if informed
     prune_ratio: Share = 0.7  # share of the free weights that stays free for later tasks

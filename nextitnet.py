@@ -174,6 +174,21 @@ class ResidualBlock(nn.Module):
         return x[block_plan.residual] + self.dropout(outer)
 
 
+class LowRankUpdate(nn.Module):
+    """What a later task adds to the item embedding, a product of two matrices of the given rank; zero at the start.
+
+    Low-rank adaptation (LoRA, Hu et al., ICLR 2022) of an embedding, as tasks 2 and later may not change its weights.
+    """
+
+    def __init__(self, items: int, rank: int, channels: int):
+        super().__init__()
+        self.rows = nn.Parameter(torch.zeros(items, rank))
+        self.axes = nn.Parameter(torch.randn(rank, channels))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.rows) @ self.axes  # (…, C)
+
+
 class NextItNet(nn.Module):
     """Item ids (B, T) → hidden states (B, T, C) → scores over the items or classes of one task.
 
@@ -207,7 +222,8 @@ class NextItNet(nn.Module):
         self.dropout = Dropout()  # of items, blocks and hidden states; training sets its probability
         self.blocks = nn.ModuleList(ResidualBlock(channels, kernel_size, self.dropout) for _ in dilations)
         self.compiled: Callable[..., Tensor] | None = None  # `states`, for training alone
-        self.heads = nn.ModuleDict()  # by task number, as a string
+        self.updates = nn.ModuleDict()  # of the item embedding, by task number as a string
+        self.heads = nn.ModuleDict()  # likewise
         self.anchors: dict[int, Tensor] = {}  # by task: where L2-SP pulls the head's weight; not saved
         self.add_head(1, items)
         if tied:
@@ -229,6 +245,18 @@ class NextItNet(nn.Module):
     def head(self, task: int) -> nn.Linear:
         return self.heads[str(task)]
 
+    def add_update(self, task: int, rank: int) -> None:
+        """Lets the task, and those after it, read the item embedding with a low-rank update that the task trains."""
+        self.updates[str(task)] = LowRankUpdate(*self.embedding.weight.shape[:1], rank, self.architecture["channels"])
+
+    def embedded(self, ids: Tensor, stage: Stage) -> Tensor:
+        """Item vectors (…, C) as a task reads them: with the updates of tasks 2..k."""
+        x = self.embedding(ids)
+        for task, update in self.updates.items():
+            if int(task) <= stage.task:
+                x = x + update(ids)
+        return x
+
     def forward(self, ids: Tensor, stage: Stage, last_only: bool = False) -> Tensor:
         """Hidden states (B, T, C); with `last_only` (B, 1, C), and nothing computed that they do not depend on."""
         shape = self.architecture
@@ -240,7 +268,7 @@ class NextItNet(nn.Module):
 
     def states(self, ids: Tensor, stage: Stage, places: slice, blocks: list[BlockPlan]) -> Tensor:
         """(outputs, B, C) by a plan."""
-        x = self.embedding(ids.t()[places])  # (P, B, C)
+        x = self.embedded(ids.t()[places], stage)  # (P, B, C)
         if self.position is not None:
             # Counted from the right, because padding is on the left.
             order = torch.arange(ids.shape[1], device=ids.device) - ids.shape[1] + self.position.num_embeddings
@@ -258,19 +286,24 @@ class NextItNet(nn.Module):
         """(B, items or classes of the task)."""
         return self.head(stage.task)(self.user_representation(ids, stage))
 
+    def own(self, task: int) -> set[nn.Parameter]:
+        """What belongs to the task as a whole: its head, and its update of the item embedding if it has one."""
+        modules = (group[str(task)] for group in (self.heads, self.updates) if str(task) in group)
+        return {parameter for module in modules for parameter in module.parameters()}
+
     def tables(self, task: int) -> set[nn.Parameter]:
-        """Parameters with a row per item or class: embedding and task's head. A batch reaches few of the rows."""
-        return {self.embedding.weight, *self.head(task).parameters()}
+        """Parameters with a row per item or class, of which a batch reaches few: embedding, its update, task's head."""
+        return {self.embedding.weight, *self.own(task)}
 
     def train_only(self, stage: Stage) -> list[nn.Parameter]:
         """Lets gradients reach what this stage trains, and returns it.
 
-        Everything in tp of task 1; from then on conv weights and the task's head alone, while embedding, with what is
+        Everything in tp of task 1; from then on conv weights and what is the task's own, while embedding, with what is
         tied to it, and layer norms stay as tp of task 1 left them. Which elements of a conv weight learn is the owner
         map's business.
         """
         everything = stage == Stage(1, "tp")
-        trained = set(self.head(stage.task).parameters()) - {self.embedding.weight}
+        trained = self.own(stage.task) - {self.embedding.weight}
         trained |= {module.weight for module in self.modules() if isinstance(module, CausalConv)}
         for parameter in self.parameters():
             parameter.requires_grad_(everything or parameter in trained)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from conure import launch, losses, samplers, training
 from conure.device import make_deterministic
 from conure.losses import Objective
-from conure.settings import Below1, Count, Dilations, KernelSize, Length, Range, Task, UpTo1, Width
+from conure.settings import Below1, Count, Dilations, KernelSize, Length, Range, Rank, Task, UpTo1, Width
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ class Hyperparameters:
     negative_fraction: UpTo1 = 0.2  # share of the items drawn as negatives at each step; 1: full softmax
     earlier_items: bool = False  # of task 1: have the items before a position among its negatives
     dropout: Below1 = 0.0  # dropout probability
+    lora_rank: Rank = 0  # of the update of the item embedding by each later task; 0: none
     precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products
     compile: bool = False  # fuse what lies between the matrix products by torch.compile
     steps: Count = 9  # timed steps; the median is reported
@@ -60,6 +61,8 @@ def make_model(hp: Hyperparameters, network: type[NextItNet] = NextItNet) -> Nex
     for learned in range(1, hp.task):
         pruning.prune(model, learned, [0.7] * learned)
         model.add_head(learned + 1, hp.targets)
+        if hp.lora_rank:
+            model.add_update(learned + 1, hp.lora_rank)
     model.dropout.p = hp.dropout
     return model.to(bench.device())
 

@@ -5,7 +5,7 @@
     identity      what made it what it is: hyperparameters, digests of data, vocabulary and the checkpoint before
     lineage       digests of all ancestors, by file name
     architecture  the arguments of NextItNet
-    model         state dict: weights, owner maps, heads, on the CPU
+    model         state dict: weights, owner maps, updates, heads, on the CPU
     items         the item vocabulary, as one uint8 tensor
     tasks         for each task learned so far: its data, length of rows, targets, prune ratio, hyperparameters,
                   results, and the fingerprint of all that it reads
@@ -36,7 +36,7 @@ import torch
 from nextitnet import NextItNet
 from pruning import Stage
 
-FORMAT = 6
+FORMAT = 7
 
 
 def snapshot_of(path: str) -> str:
@@ -199,6 +199,8 @@ def build_model(content: dict[str, Any], network: type[NextItNet] = NextItNet) -
     for task, record in content["tasks"].items():
         if task > 1:
             model.add_head(task, record["target_count"], bias=f"heads.{task}.bias" in content["model"])
+        if (axes := content["model"].get(f"updates.{task}.axes")) is not None:
+            model.add_update(task, len(axes))
     try:
         model.load_state_dict(content["model"])
     except RuntimeError:

@@ -35,10 +35,13 @@ def shared_by_all(model: NextItNet, content: dict[str, Any]) -> Iterable[Tensor]
 
 
 def read_by(model: NextItNet, task: int, record: dict[str, Any]) -> Iterable[Tensor]:
-    """What this task reads besides: the ids of its targets, its head, and the conv weights of tasks 1..k, as numbers
-    and as places; what stands at the other places never reaches it."""
+    """What this task reads besides: the ids of its targets, its head, the embedding's updates by tasks 2..k, and the
+    conv weights of tasks 1..k, as numbers and as places; what stands at the other places never reaches it."""
     yield record["targets"]
     yield from model.head(task).parameters()
+    for earlier, update in model.updates.items():
+        if int(earlier) <= task:
+            yield from update.parameters()
     for layer in pruning.owned_weights(model):
         used, _ = pruning.used_and_trained(layer.owner, checkpoint.stage_of_state(task, record["state"]))
         yield used

@@ -35,6 +35,8 @@ def initial_model(files: StageFiles, device: torch.device) -> tuple[NextItNet, b
     if mode == "tp" and task > 1:
         check_capacity(model, task, files.prune_ratios())
         model.add_head(task, len(data.target_vocabulary))
+        if hp.lora_rank:
+            model.add_update(task, hp.lora_rank)
     model.to(device)
     model.dropout.p = hp.dropout
     if mode == "ret":

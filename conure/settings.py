@@ -56,6 +56,7 @@ Interval = Annotated[int, Range(0)]  # in steps; 0 has a meaning of its own
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 Task = Annotated[int, Range(1, 255)]
 Width = Annotated[int, Range(1, 65536)]
+Rank = Annotated[int, Range(0, 65536)]
 KernelSize = Annotated[int, Range(1, 100)]
 Dilations = Annotated[tuple[int, ...], Range(1, 10_000)]
 Length = Annotated[int, Range(2)]  # of a sequence of items

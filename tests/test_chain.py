@@ -48,22 +48,28 @@ def test_owned_weights_never_change_and_owners_are_disjoint(chain):
 
 
 def test_what_is_not_trained_stays(chain):
-    """Free weights keep their values through ret; embedding and layer norms are those of tp of task 1 for ever."""
+    """Free weights keep their values through ret; embedding and layer norms are those of tp of task 1 for ever,
+    the embedding's updates those of ret of their tasks."""
     folder, _ = chain
     first = load(folder, 1, "tp")["model"]
+    updates = {}  # as they were when their tasks were learned
     for task, mode in STAGES:
         content = load(folder, task, mode)
         state = content["model"]
         for name, value in state.items():
             if "embedding" in name or ".ln" in name:
                 assert torch.equal(value, first[name]), name
+        for name, value in updates.items():
+            assert torch.equal(state[name], value), name
         if mode == "ret":
+            updates |= {name: state[name] for name in state if name.startswith(f"updates.{task}.")}
             before = load(folder, task, "tp")["model"]
             for name in (name.removesuffix(".owner") for name in state if name.endswith(".owner")):
                 free = state[f"{name}.owner"] == pruning.FREE
                 assert torch.equal(state[f"{name}.weight"][free], before[f"{name}.weight"][free])
                 same = torch.equal(state[f"{name}.weight"][~free], before[f"{name}.weight"][~free])
                 assert same == (content["tasks"][task]["epoch"] == 0)
+    assert len(updates) == 6 and all(value.any() for value in updates.values())
 
 
 def test_outputs_of_learned_tasks_keep_their_bits(chain):

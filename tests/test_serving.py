@@ -75,7 +75,8 @@ def test_a_serving_file_has_nothing_of_other_tasks(chain, serving):
     path = serving(2)
     content, _ = files.load_sealed(str(path))
     model, owned = model_of(chain), 0
-    assert {name for name in content["weights"] if "head" in name} == {"heads.2.weight", "heads.2.bias"}
+    own = {"heads.2.weight", "heads.2.bias", "updates.2.rows", "updates.2.axes"}
+    assert {name for name in content["weights"] if name.startswith(("heads", "updates"))} == own
     for name, layer in content["conv"].items():
         owner = model.get_submodule(name).owner
         owned += int(((owner == 1) | (owner == 2)).sum())

@@ -21,6 +21,7 @@ One model for all:
   no_task_2        Conure, task 3 learned right after task 1
   random_head      Conure, heads start at random
   frozen_head      Conure, heads of tasks 2 and 3 stay task 1's
+  frozen_embedding Conure, all tasks read task 1's item embedding as it is
   Conure           the eight scripts
 
 The others train a task for as many epochs as Conure trains and retrains it, with its learning rate, batch size and
@@ -109,6 +110,7 @@ class Comparison(study.Study):
         """Trains the step, if that is not done yet."""
         hp, data, first = self.settings(step.task, step.mode), self.data(step.task), self.settings(1, "tp")
         if not step.prunes:  # trained in one go, as long as Conure trains and retrains
+            hp.lora_rank = 0
             hp.epochs += self.settings(step.task, "ret").epochs
         if step.beside == "task 1":  # with its way of learning, and at least as many of its batches
             hp.table_rate, hp.dropout, hp.decay = first.table_rate, first.dropout, first.decay

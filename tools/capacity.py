@@ -2,7 +2,7 @@
 
 For every prune ratio one model learns task 1 and then further tasks. These are alike: they split the targets of task 2
 by popularity rank. At several depths a copy of the model learns task 3 next; and so does another copy, the control,
-that has no free weight for it, so that it trains a head alone.
+that has no free conv weight for it, so that it trains a head and an update of the item embedding alone.
 
 READS  the task files in data_dir
 WRITES to output_dir: a folder per seed, from which an interrupted run resumes; capacity.csv; capacity.png, if
@@ -98,11 +98,11 @@ class Capacity(study.Study):
             if number in self.hp.depths:
                 self.next_task(folder / f"after_{number}", number, ratio)
                 yield self.row(percent, NEXT_TASK, number, folder / f"after_{number}")
-                self.head_alone(folder / f"control_{number}", number)
+                self.control(folder / f"control_{number}", number)
                 yield self.row(percent, NEXT_TASK, number, folder / f"control_{number}", control=True)
 
-    def head_alone(self, folder: Path, learned: int) -> None:
-        """Learns a head for task 3 on what `learned` tasks own, for as many epochs; free weights are zero, and stay."""
+    def control(self, folder: Path, learned: int) -> None:
+        """Learns task 3 without conv weights of its own, for as many epochs: free weights are zero, and stay."""
         name = checkpoint.path_of("", Stage(learned, "ret"))
         content, _ = checkpoint.load(str(folder.parent / name))
         for layer, owner in [(key, value) for key, value in content["model"].items() if key.endswith(".owner")]:
@@ -150,7 +150,7 @@ def plot(table: pd.DataFrame, path: str) -> None:
     left.set(title="Task 1", xlabel="prune ratio", ylabel="test score")
     controls = statistics[statistics["control"]]
     for learned, rows in later.groupby("learned_before"):
-        label = f"{learned} task{'s' if learned > 1 else ''} before; x: a head alone"
+        label = f"{learned} task{'s' if learned > 1 else ''} before; x: no free weights"
         line = middle.errorbar(rows["prune_ratio"], rows["mean"], rows["std"], marker="o", capsize=3, label=label)[0]
         alone = controls[controls["learned_before"] == learned]
         middle.plot(alone["prune_ratio"], alone["mean"], "x", color=line.get_color())

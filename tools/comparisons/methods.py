@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from nextitnet import NextItNet
 from pruning import Stage
-from tools.comparisons.networks import Adapted, AllHeads, FrozenHead, HeadOnly, Joint, Unprotected
+from tools.comparisons.networks import Adapted, AllHeads, FrozenEmbedding, FrozenHead, HeadOnly, Joint, Unprotected
 from tools.comparisons.sasrec import SASRec
 
 TASKS = (1, 2, 3, 4)
@@ -31,7 +31,7 @@ class Step:
 
     @property
     def prunes(self) -> bool:
-        return self.network in (NextItNet, FrozenHead)
+        return self.network in (NextItNet, FrozenHead, FrozenEmbedding)
 
     def variants(self) -> list["Step"]:
         """With either start of the head, where the step may choose; Conure keeps to its own, which is a part of it."""
@@ -80,8 +80,19 @@ METHODS = {
     "no_task_2": chain("no_task_2", [(3, "tp"), (3, "ret")], CONURE[:2], number=2),
     "random_head": chain("random_head", LATER_STAGES, CONURE[:2], head="random"),
     "frozen_head": chain("frozen_head", LATER_STAGES, CONURE[:2], network=FrozenHead),
+    "frozen_embedding": chain("frozen_embedding", LATER_STAGES, CONURE[:2], network=FrozenEmbedding),
     "Conure": CONURE,
 }
 # Those whose last model serves all tasks; the others keep what each task trained.
-CHAINS = ("SinMoAll", "LwF", "replay", "no_retraining", "no_task_2", "random_head", "frozen_head", "Conure")
+CHAINS = (
+    "SinMoAll",
+    "LwF",
+    "replay",
+    "no_retraining",
+    "no_task_2",
+    "random_head",
+    "frozen_head",
+    "frozen_embedding",
+    "Conure",
+)
 FORGETTING = ("SinMoAll", "LwF", "replay", "Conure")  # shown with the scores of each task after each further one

@@ -62,11 +62,18 @@ class FrozenHead(NextItNet):
         return [parameter for parameter in trained if parameter.requires_grad]
 
 
+class FrozenEmbedding(NextItNet):
+    """Conure, but no task updates the item embedding."""
+
+    def add_update(self, task: int, rank: int) -> None:
+        pass
+
+
 class HeadOnly(NextItNet):
-    """Trains the head alone."""
+    """Trains the head alone, and the task's update of the item embedding if it has one."""
 
     def train_only(self, stage: Stage) -> list[nn.Parameter]:
-        return only_named(self, lambda name: name.startswith(f"heads.{stage.task}."))
+        return only_named(self, lambda name: name.startswith((f"heads.{stage.task}.", f"updates.{stage.task}.")))
 
 
 class Adapter(nn.Module):

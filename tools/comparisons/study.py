@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from conure import losses, training
 from conure.errors import InputError, NothingToDo
 from conure.initial_model import is_tied
-from conure.settings import Count, Device, Dilations, Positive, SplitSeed, Width, of_script
+from conure.settings import Count, Device, Dilations, Positive, Share, SplitSeed, Width, of_script
 from conure.stage_files import StageFiles
 
 import torch
@@ -47,6 +47,7 @@ class Settings:
     ret_epochs: Count = 12  # of tasks 2 and 3 in ret
     batch_size: Count = 512  # of tasks 2 and 3
     learning_rate: Positive = 3e-3  # of tasks 2 and 3
+    later_test_fraction: Share = 0.2  # share held out in tasks 2 to 4; 0.9 leaves a tenth of the examples to train on
     class_ret_epochs: Count = 4  # of task 4 in ret
     class_batch_size: Count = 128  # of task 4
     class_learning_rate: Positive = 1e-3  # of task 4
@@ -85,6 +86,7 @@ class Study:
         if task == 1:
             values["epochs"] = hp.first_epochs if mode == "tp" else hp.first_ret_epochs
         else:
+            values["test_fraction"] = hp.later_test_fraction
             kind = "class_" if task in METRIC else ""
             values["epochs"] = hp.epochs if mode == "tp" else getattr(hp, f"{kind}ret_epochs")
             values |= {name: getattr(hp, kind + name) for name in ("batch_size", "learning_rate")}

@@ -4,7 +4,8 @@
     task, metric, leave_out   the task, how it is scored, and what its ranks leave out
     architecture   the arguments of NextItNet
     length         items in a row: shorter rows are padded on the left, longer ones lose their oldest items
-    weights        embedding, position embedding, layer norms and the task's head, if that is not tied to the first
+    weights        embedding, its updates by tasks 2 to this one, position embedding, layer norms, and the task's head
+                   if that is not tied to the first
     conv           of each conv layer: its shape, the mask of the weights that the task reads (one bit each), and those
     items, targets the vocabularies, each as one uint8 tensor
 
@@ -25,7 +26,7 @@ import torch
 import pruning
 from nextitnet import NextItNet
 
-FORMAT = 3
+FORMAT = 4
 
 
 def path_of(folder: str, task: int) -> str:
@@ -42,6 +43,7 @@ def extract(content: dict[str, Any], task: int, dtype: torch.dtype) -> dict[str,
         bits = torch.from_numpy(np.packbits(readable.numpy()))
         conv[name] = {"shape": list(weight.shape), "readable": bits, "weights": weight[readable].to(dtype)}
     unread = [f"heads.{other}." for other in content["tasks"] if other != task]
+    unread += [f"updates.{later}." for later in content["tasks"] if later > task]
     unread += ["heads.1.weight"] * content["architecture"]["tied"]
     return {
         "format": FORMAT,
@@ -102,6 +104,9 @@ def build_model(content: dict[str, Any]) -> NextItNet:
             del model.heads["1"]
             head = f"heads.{task}."
             model.add_head(task, len(state[f"{head}weight"]), bias=f"{head}bias" in state)
+        for earlier in range(2, task + 1):
+            if (axes := state.get(f"updates.{earlier}.axes")) is not None:
+                model.add_update(earlier, len(axes))
     model.load_state_dict(state, assign=True)
     if tied:  # as two parameters they would become two tables on a GPU
         model.head(1).weight = model.embedding.weight
