@@ -110,8 +110,9 @@ class Comparison(study.Study):
         """Trains the step, if that is not done yet."""
         hp, data, first = self.settings(step.task, step.mode), self.data(step.task), self.settings(1, "tp")
         if not step.prunes:  # trained in one go, as long as Conure trains and retrains
-            hp.lora_rank = 0
             hp.epochs += self.settings(step.task, "ret").epochs
+            if step.task > 1:
+                hp.lora_rank = 0  # they train the embedding itself, or keep it
         if step.beside == "task 1":  # with its way of learning, and at least as many of its batches
             hp.table_rate, hp.dropout, hp.decay = first.table_rate, first.dropout, first.decay
             wanted = first.epochs * self.steps_per_epoch(1, first.batch_size)
