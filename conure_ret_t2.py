@@ -13,7 +13,6 @@ from conure.settings import (
     Below1,
     Count,
     LeaveOut,
-    Loss,
     NonNegative,
     Positive,
     Running,
@@ -41,7 +40,7 @@ class Hyperparameters(Running):
     decay: bool = False  # decay the learning rates linearly to 0 at the last step
     average_last: Below1 = ours(0.5, original=0.0)  # share of the steps, the last ones, over which weights are averaged
     beta1: Below1 = 0.9  # of Adam
-    loss: Loss = ours("softmax", original="bpr")  # cross entropy over all targets; bpr: against one sampled negative
+    loss: losses.Name = ours("softmax", original="bpr")  # softmax over all targets; bpr: one sampled negative
     rho: Positive = 0.3  # of the negative sampling of bpr: the smaller, the more often popular targets are drawn
     dropout: Below1 = 0.0  # dropout probability, of embeddings, residual blocks and last states
     l2: NonNegative = ours(0.005, original=0.02)  # l2 * sum(w^2) / 2 over the head, of its change if informed

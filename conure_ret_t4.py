@@ -9,7 +9,7 @@ NEXT   python evaluate.py
 from dataclasses import dataclass
 
 from conure import launch, losses, training
-from conure.settings import Below1, Count, Loss, NonNegative, Positive, Running, Seed, Share, SplitBy, SplitSeed, ours
+from conure.settings import Below1, Count, NonNegative, Positive, Running, Seed, Share, SplitBy, SplitSeed, ours
 
 import data_loader
 from data_loader import Split
@@ -28,7 +28,7 @@ class Hyperparameters(Running):
     decay: bool = False  # decay the learning rates linearly to 0 at the last step
     average_last: Below1 = ours(0.5, original=0.0)  # share of the steps, the last ones, over which weights are averaged
     beta1: Below1 = 0.9  # of Adam
-    loss: Loss = ours("softmax", original="bce")  # cross entropy over all targets; bce: with one uniform negative
+    loss: losses.Name = ours("softmax", original="bce")  # softmax over all classes; bce: one uniform negative
     dropout: Below1 = ours(0.3, original=0.0)  # dropout probability, of embeddings, residual blocks and last states
     l2: NonNegative = 0.02  # l2 * sum(w^2) / 2 over the head, of its change if informed
     test_fraction: Share = 0.2  # share held out: half validation, half test; as in tp

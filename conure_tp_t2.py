@@ -14,7 +14,6 @@ from conure.settings import (
     Below1,
     Count,
     LeaveOut,
-    Loss,
     NonNegative,
     Positive,
     Rank,
@@ -43,7 +42,7 @@ class Hyperparameters(Running):
     decay: bool = False  # decay the learning rates linearly to 0 at the last step
     average_last: Below1 = ours(0.5, original=0.0)  # share of the steps, the last ones, over which weights are averaged
     beta1: Below1 = 0.9  # of Adam
-    loss: Loss = ours("softmax", original="bpr")  # cross entropy over all targets; bpr: against one sampled negative
+    loss: losses.Name = ours("softmax", original="bpr")  # softmax over all targets; bpr: one sampled negative
     rho: Positive = 0.3  # of the negative sampling of bpr: the smaller, the more often popular targets are drawn
     informed_head: bool = ours(True, original=False)  # start the head from task 1's, or from the targets' frequencies
     lora_rank: Rank = ours(16, original=0)  # rank of the update of the item embedding that the task learns; 0: none

@@ -12,7 +12,6 @@ from conure import launch, losses, training
 from conure.settings import (
     Below1,
     Count,
-    Loss,
     NonNegative,
     Positive,
     Rank,
@@ -41,7 +40,7 @@ class Hyperparameters(Running):
     decay: bool = False  # decay the learning rates linearly to 0 at the last step
     average_last: Below1 = ours(0.5, original=0.0)  # share of the steps, the last ones, over which weights are averaged
     beta1: Below1 = 0.9  # of Adam
-    loss: Loss = ours("softmax", original="bce")  # cross entropy over all targets; bce: with one uniform negative
+    loss: losses.Name = ours("softmax", original="bce")  # softmax over all classes; bce: one uniform negative
     informed_head: bool = ours(True, original=False)  # start the head from task 1's, or from the targets' frequencies
     lora_rank: Rank = ours(16, original=0)  # rank of the update of the item embedding that the task learns; 0: none
     dropout: Below1 = ours(0.3, original=0.0)  # dropout probability, of embeddings, residual blocks and last states

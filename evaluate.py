@@ -2,10 +2,11 @@
 
 READS  the newest checkpoint in checkpoint_dir (or the one named), and the data file of each task, which it records
 PRINTS a RESULT line per task; behind it the scores recorded when the task was learned, and whether the weights that it
-       reads and its scores are the same
+       reads and its scores are the same; then each task's first score, ± half of its 95 % interval over users, and in
+       brackets that of the most frequent targets
 EXITS  with 0 if nothing was forgotten, with 1 if weights that a task reads have changed, or if scores differ by more
        than another machine or version of torch can explain
-NEXT   python -m tools.report, to look at it; python -m tools.export, to use a task
+NEXT   python -m tools.report, to look at the chain; python -m tools.export --task 1, to use a task
 """
 
 import os
@@ -13,10 +14,11 @@ import shlex
 from dataclasses import dataclass
 from typing import Literal
 
-from conure import checkpoint, launch, rescoring
+from conure import checkpoint, launch, metrics, rescoring
 from conure.device import pick_device
 from conure.fingerprint import fingerprints
-from conure.reporting import result_line
+from conure.metrics import Protocol
+from conure.reporting import result_line, standing
 from conure.settings import Device
 
 # By how much scores may differ between machines, where a last bit decides between items that score alike: a number, or
@@ -49,14 +51,18 @@ def main(hp: Hyperparameters) -> int:
     print(f"checkpoint: {path}")
     content, _ = checkpoint.load(path)
     model, device = checkpoint.build_model(content), pick_device(hp.device)
-    reads, verdicts = fingerprints(model, content), []
+    reads, verdicts, learned = fingerprints(model, content), [], []
     for task, record in sorted(content["tasks"].items()):
-        scores = rescoring.score(task, content, model, hp.data_dir, device, hp.split)
+        ranks = rescoring.rank(task, content, model, hp.data_dir, device, hp.split)
+        protocol = Protocol(**record["protocol"])
+        scores = metrics.score(ranks, protocol)
+        learned.append(f"task {task} {standing(ranks, protocol, record['popular'])}")
         recorded = record["results"][record["state"]][hp.split]
         verdicts.append(verdict(reads[task] == record["fingerprint"], scores, recorded))
         row = {"task": task, "state": record["state"], "split": hp.split, "epoch": record["epoch"], **scores}
         then = result_line({name: value for name, value in recorded.items() if name != "n"}).removeprefix("RESULT ")
         print(result_line(row | {"seconds": record["seconds"]}), "recorded", then, verdicts[-1])
+    print(f"learned, by {hp.split} scores: {', '.join(learned)}")
     changed = sum("DIFFERS" in each for each in verdicts)
     if changed:
         print(f"{changed} of {len(verdicts)} tasks differ from what was learned")
@@ -70,7 +76,10 @@ def main(hp: Hyperparameters) -> int:
         print(f"machine or version of its libraries than those that wrote the checkpoint ({libraries})")
     folder = os.path.dirname(path) or "."
     given = f" --checkpoint_dir {shlex.quote(folder)}" if folder != Hyperparameters.checkpoint_dir else ""
-    print(f"next: python -m tools.report{given}, to look at it; python -m tools.export{given}, to use a task")
+    page = os.path.join(folder, "report", "report.html")
+    there = os.path.exists(page) and os.path.getmtime(page) > os.path.getmtime(path)
+    print(f"report: {page if there else f'python -m tools.report{given} makes a page of this chain, with matplotlib'}")
+    print(f"next: python -m tools.export --task 1{given}, to use a task; Data/README.md, for data of your own")
     return 1 if changed else 0
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs, makes the demo data if Data/Session is empty, runs the scripts of all tasks, then evaluate.py.
+# Installs, makes the demo data if Data/Session is empty, runs the scripts of all tasks, makes the report if matplotlib
+# is there, and scores every task again.
 #   bash run_all.sh          small settings: a minute or two on a laptop
 #   bash run_all.sh --full   the settings at the top of the scripts
 set -euo pipefail
@@ -30,7 +31,7 @@ while [ -f conure_tp_t$task.py ]; do  # tasks added to the four too
                 tp1) flags=(--epochs 12 --channels 64 --dilations 1,4,1,4) ;;
                 ret1) flags=(--epochs 6) ;;
                 tp2 | ret2 | tp3 | ret3) flags=(--epochs 5 --batch_size 256 --learning_rate 1.5e-3) ;;
-                *) flags=(--epochs 8 --batch_size 128 --learning_rate 3e-4) ;;
+                *) flags=(--epochs 8 --batch_size 128 --learning_rate 1e-3) ;;
             esac
         fi
         echo
@@ -40,6 +41,9 @@ while [ -f conure_tp_t$task.py ]; do  # tasks added to the four too
     task=$((task + 1))
 done
 
+if "$python" -c "import matplotlib" 2> /dev/null; then
+    "$python" -m tools.report > /dev/null
+fi
 echo
 echo "== python evaluate.py"
 "$python" evaluate.py

@@ -4,11 +4,12 @@ Batches come on the CPU, where negatives and labels are made ready without waiti
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 from conure import processes, ranking, samplers
 from conure.matmul import matmul_dtype, pieces, product
 from conure.processes import Shard
+from conure.settings import OneOf
 
 import numpy as np
 import torch
@@ -176,6 +177,10 @@ def bce(positive: Tensor, negative: Tensor) -> Tensor:
     return F.softplus(-positive) + F.softplus(negative)
 
 
+PAIRWISE = {"bpr": bpr, "bce": bce}  # of a target and one sampled negative
+Name = Annotated[str, OneOf(("softmax", *PAIRWISE))]  # of a later task's loss, as its script gives it
+
+
 class NextItemLoss:
     """Task 1: the next item at every position, by sampled softmax, or full softmax if the sample is to be all items."""
 
@@ -300,7 +305,7 @@ def target(hp: Any, data: TaskData) -> TargetLoss:
         probabilities = samplers.static_probabilities(data.targets, size, hp.rho)
     else:
         probabilities = samplers.uniform_probabilities(size)
-    return PairLoss({"bpr": bpr, "bce": bce}[hp.loss], samplers.TargetSampler(probabilities), hp.l2)
+    return PairLoss(PAIRWISE[hp.loss], samplers.TargetSampler(probabilities), hp.l2)
 
 
 class Objective:

@@ -151,6 +151,29 @@ class ModelScorer(Scorer):
         return scores
 
 
+class Popularity(Scorer):
+    """The baseline: the most frequent targets of the training part, in task 1 the items at all its positions."""
+
+    def __init__(self, data: TaskData, device: torch.device):
+        train = data.splits["train"]
+        counts = np.bincount(data.targets[train], minlength=len(data.target_vocabulary))
+        if data.target_vocabulary is data.items:
+            counts += np.bincount(data.rows[data.users[train]].ravel(), minlength=len(counts))
+            if data.padding_id >= 0:
+                counts[data.padding_id] = 0
+        self.counts, self.size, self.device = torch.from_numpy(counts).float().to(device), len(counts), device
+        self.length = data.rows.shape[1]
+
+    def last_states(self, rows: np.ndarray) -> Tensor:
+        return self.counts.new_empty(len(rows), 0)
+
+    def states(self, rows: np.ndarray) -> Tensor:
+        return self.counts.new_empty(len(rows), self.length, 0)
+
+    def scores(self, states: Tensor) -> Tensor:
+        return self.counts.repeat(len(states), 1)
+
+
 def at_once(size: int) -> int:
     """How many rows of scores are made at once."""
     return min(EVALUATION_BATCH, max(1, SCORES_AT_ONCE // size))

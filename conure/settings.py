@@ -71,7 +71,6 @@ SplitSeed = Annotated[int, Range(0, 2**32 - 1)]
 SplitBy = Literal["example", "user"]
 LeaveOut = Literal["auto", "known", "targets", "nothing"]
 Tied = Literal["auto", "yes", "no"]
-Loss = Literal["softmax", "bpr", "bce"]  # of the tasks after the first
 
 # The types that these are made of, and what their values look like on the command line.
 FORMS = {

@@ -156,9 +156,17 @@ class StageFiles:
     def next_command(self) -> str:
         task, mode = self.stage
         script = checkpoint.script_of(Stage(task, "ret") if mode == "tp" else Stage(task + 1, "tp"))
-        shared = ("checkpoint_dir", "index_path", "as_original")
+        shared = ("checkpoint_dir", "index_path", "device", "precision", "as_original")
         if mode == "tp":
-            shared += ("data_path", "test_fraction", "split_seed", "split_by", "leave_out", "all_positions")
+            shared += (
+                "data_path",
+                "group_by_user",
+                "test_fraction",
+                "split_seed",
+                "split_by",
+                "leave_out",
+                "all_positions",
+            )
         if not (Path(__file__).parents[1] / script).exists():
             script, shared = "evaluate.py", shared[:1]
         default = type(self.hp)()

@@ -12,7 +12,7 @@ from conure.errors import InputError
 from conure.initial_model import initial_model
 from conure.interrupt import StopRequest
 from conure.losses import Loss, Objective
-from conure.reporting import Progress, Results, announce
+from conure.reporting import Progress, Results, announce, standing
 from conure.snapshot import TrainingState
 from conure.stage_files import StageFiles
 
@@ -236,6 +236,11 @@ class Run:
         self.scores[state], self.facts["ranks"] = scores, ranks["test"].to_tensors()
         for split in splits:
             self.results.add(state, split, self.state.epoch, scores[split], self.state.seconds)
+        if "popular" not in self.facts:
+            baseline = ranking.Popularity(self.data, self.device)
+            popular = ranking.rank_by(baseline, self.data, self.data.splits["test"], self.protocol)
+            self.facts["popular"] = next(iter(metrics.score(popular, self.protocol).values()))
+        print(f"test, {state}: {standing(ranks['test'], self.protocol, self.facts['popular'])}")
 
     def save(self) -> None:
         """Writes the stage's checkpoint, says what to run next, and lets other runs work in the folder."""

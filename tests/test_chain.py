@@ -89,7 +89,13 @@ def test_outputs_of_learned_tasks_keep_their_bits(chain):
 def test_evaluate_finds_nothing_forgotten(chain):
     folder, printed = chain
     output = run_python("evaluate.py", "--checkpoint_dir", str(folder / "checkpoints"), "--device", "cpu")
-    assert "nothing forgotten" in output
+    *_, learned, conclusion, report, _ = output.splitlines()
+    assert conclusion.startswith("nothing forgotten") and report.startswith(
+        "report: python -m tools.report --checkpoint"
+    )
+    standings = re.findall(r"^test, (?:pruned|ret): (.*)$", "\n".join(printed[stage] for stage in STAGES), re.MULTILINE)
+    expected = (f"task {task} {standing}" for task, standing in enumerate(standings[1::2], start=1))
+    assert learned == f"learned, by test scores: {', '.join(expected)}"
     again = results_of(output.replace(" recorded ", "\nrecorded "))
     assert [row["task"] for row in again] == ["1", "2", "3", "4"]
     for row in again:
@@ -268,7 +274,8 @@ def test_what_a_run_prints(chain):
     _, printed = chain
     output = printed[2, "tp"]
     for expected in (
-        r"^  prune_ratio +0\.6$",
+        r"^settings: index_path [^:]* prune_ratio\s+0\.6,",
+        r"^test, tp: mrr@5 0\.\d{3} ± 0\.\d{3} \(popularity 0\.\d{3}\)\n(.*\n)+test, pruned: mrr@5 ",
         r"^data: .*\n  1,500 rows of 21; 40\d item ids; \d+ target ids\n  [\d,]+ examples: [\d,]+ train, ",
         r"^parameters: [\d,]+, of which this stage trains [\d,]+$",
         r"^device: cpu, \d+ threads; (float32|bfloat16)\nversions: python 3\.\d+\.\d+, torch ",
@@ -294,6 +301,9 @@ def test_a_task_beats_the_most_frequent_targets(chain, task, factor, margin):
     k, metric = (1, "accuracy") if task == 4 else (5, "mrr@5")
     popular = np.argsort(-np.bincount(train), kind="stable")[:k]
     popularity = sum((test == item).mean() / place for place, item in enumerate(popular, start=1))
+    record = load(folder, task, "ret")["tasks"][task]
+    if task > 1:  # which counts the items at all positions
+        assert record["popular"] == pytest.approx(popularity, abs=0.03), "but for what is left out, and for ties"
     learned = float(results_of(printed[task, "ret"])[-1][metric])
     assert learned > factor * popularity + margin, f"{learned:.4f} against {popularity:.4f}"
 

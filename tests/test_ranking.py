@@ -71,6 +71,17 @@ def data() -> dict[int, TaskData]:
     return {1: first, 2: task(random.integers(0, 30, 200), random.integers(1, 31, 200), targets)}
 
 
+@pytest.mark.parametrize("task", [1, 2])
+def test_popularity_scores_by_what_is_in_training(data, task):
+    own = data[task]
+    train = own.splits["train"]
+    chosen = [*own.targets[train].tolist(), *(own.rows[train].ravel().tolist() if task == 1 else [])]
+    expected = [sum(each == target for each in chosen) * (task == 2 or target != 1) for target in range(1, 31)]
+    baseline = ranking.Popularity(own, CPU)
+    for states in (baseline.last_states(np.arange(4)), baseline.states(np.arange(4))[:, 7]):
+        assert baseline.scores(states)[:, 1:31].tolist() == [expected] * 4
+
+
 def slow_rank(scores: np.ndarray, target: int, left_out: set[int]) -> int:
     return 1 + sum(
         scores[other] >= scores[target] for other in range(1, len(scores)) if other not in {target, *left_out}

@@ -330,3 +330,14 @@ def test_each_script_trains_its_own_loss(run_here, monkeypatch, chain_copy, task
         assert original.compare is (losses.bce if task == 4 else losses.bpr)
         steps = original.sampler.cumulative.diff()
         assert (steps.max() - steps.min() < 1e-9) == (task == 4), "uniform for classes, by popularity for items"
+
+
+def test_hints_at_settings_that_move_nothing_and_at_classes_as_items(run_here, chain_copy):
+    arguments = [*flags(chain_copy, 4), "--overwrite"]
+    code, output, _ = run_here("conure_tp_t4.py", *arguments, "--epochs", "3", "--learning_rate", "1e-2")
+    assert code == 0 and "\nhint: " not in output
+    code, output, _ = run_here("conure_tp_t2.py", *arguments, "--epochs", "1", "--learning_rate", "1e-4")
+    assert code == 0
+    hints = re.findall(r"^hint: (.*)$", output, re.MULTILINE)
+    assert len(hints) == 2 and "--batch_size 128 --learning_rate 1e-3" in hints[0]
+    assert "of 2 different ones" in hints[1] and "conure_tp_t4.py" in hints[1]

@@ -61,8 +61,8 @@ from tools.comparisons import counting, networks, study, tables
 from tools.comparisons.methods import CHAINS, FORGETTING, LATER, METHODS, Step
 from tools.comparisons.sasrec import SASRec
 
-ALL = [*counting.METHODS, *METHODS]
-UNTRAINED = (*counting.METHODS, "zero_shot")
+ALL = ["popular", "counting", *METHODS]
+UNTRAINED = ("popular", "counting", "zero_shot")
 Row = tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]  # of a table, and what its score is the mean of
 KEPT = 0.1  # share of a task's training examples that replay keeps
 
@@ -198,8 +198,10 @@ class Comparison(study.Study):
     def untrained_ranks(self, method: str, task: int) -> Ranks:
         """The ranks of the task's targets in test by a method that does not learn the task."""
         data, device = self.data(task), pick_device(self.hp.device)
-        if method in counting.METHODS:
-            scorer = counting.CountScorer(counting.METHODS[method][task - 1](data), data)
+        if method == "popular":
+            scorer = ranking.Popularity(data, device)
+        elif method == "counting":
+            scorer = counting.CountScorer(counting.METHODS[task - 1](data), data)
         else:
             model = checkpoint.build_model(self.content(self.steps(method)[-1]))
             networks.add_item_head(model, data, task)
