@@ -27,10 +27,11 @@ SHORTER = {
     ".venv/bin/python -m tools.baselines --data_dir DATA_DIR": f"{TINY} --only FineHead",
     ".venv/bin/python -m tools.capacity --data_dir DATA_DIR --percents 50,70,90 --seeds 3": f"{TINY} --depths 1,2",
     ".venv/bin/torchrun --nproc_per_node=2 conure_tp_t1.py": f"{APART} --overwrite",
+    ".venv/bin/python -m benchmarks.train_step --compare": "--items 9 --channels 8 --dilations 1 --steps 1",
 }
 ELSEWHERE = {
     "bash benchmarks/gpu.sh --log FILE": "needs a GPU; tests/test_gpu.py runs it with tiny sizes",
-    "bash benchmarks/growth.sh": "takes minutes; `benchmarks.train_step` alone runs below",
+    "bash benchmarks/growth.sh": "takes minutes; `benchmarks.train_step` alone runs here",
     "bash run_tests.sh": "runs this test",
     "CONURE_REFERENCE=folder bash run_tests.sh": "is this, with more references",
     ".venv/bin/python tests/soak.py": "test_soak.py runs every part of it",
@@ -63,6 +64,7 @@ def copy(tmp_path_factory) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     (folder / ".venv").symlink_to(Path(sys.executable).parents[1])
+    (folder / "table.csv").write_text("user_id,item_id,timestamp\n1,5,0\n1,7,1\n2,9,0\n")  # as docs/serving.md reads it
     (folder / "ml-1m").mkdir()  # as the README's awk reads it
     (folder / "ml-1m" / "ratings.dat").write_text("1::1193::5::978300760\n3000::661::3::978302109\n")
     return folder
@@ -86,6 +88,8 @@ def test_a_command(copy, command):
         shrink(copy)
     short = f"{command} {SHORTER.get(command, '')}"
     output = run(copy, short.replace("DATA_DIR", "Data/Session"))
+    if "tools.recommend" in command and "today" in command:
+        assert {line.split(",")[0] for line in output.splitlines()} == {"user", "1", "2"}
     if command.startswith("awk -F::"):
         assert output == "1::1193::5::978300760\n"
     if command == "bash run_all.sh":
