@@ -1,13 +1,14 @@
 """Files → ids → examples and splits.
 
-Id 0 is `<UNK>`, which also separates a sequence from the place of its target; other ids count up in order of first
-appearance in the file, as in the original's data_loader files. Rows of unequal length are padded on the left with the
-token `0`.
+Id 0 is `<UNK>`, and also the separator that ends a row of a later task. Other ids count up in order of first appearance
+in the file, as in the original's data_loader files. Rows shorter than the longest are padded on the left with the token
+`0`.
 """
 
 import hashlib
 import io
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from typing import NamedTuple
 from conure.errors import InputError
 from conure.files import whole_file
 from conure.line_reader import missing, read_lines
+from conure.settings import Running
 
 import numpy as np
 import pandas as pd
@@ -22,22 +24,22 @@ import torch
 from torch import Tensor
 
 UNKNOWN = "<UNK>"  # id 0
-PADDING = "0"  # an ordinary token to the original: it has an id, an embedding and a row in the softmax
-MAX_INDEX_BYTES = 1 << 28  # two hundred times what 646,000 numbers take
-MAX_TABLE = 1 << 24  # numbers below have a place in a table, of 64 MB at most
-BLOCK_IDS = 1 << 23  # 32 MB; the memory of smaller arrays may stay with the process once they are freed
+PADDING = "0"  # an ordinary token, as in the original: it has an id, an embedding and a row in the softmax
+MAX_INDEX_BYTES = 1 << 28  # 30 times the index of TTL's 645,974 items
+MAX_TABLE = 1 << 24  # smaller numbers are looked up in a table, of at most 64 MB
+BLOCK_IDS = 1 << 23  # 32 MB; smaller arrays may not return their memory to the system when they are freed
 
 
 class Split(NamedTuple):
-    """Which examples are held out, half of them for validation, half for test."""
+    """How examples are held out: half of them for validation, half for test."""
 
-    test_fraction: float = 0.2  # of the examples, or of the users
-    seed: int = 10  # the original's np.random.seed before it shuffles the rows
-    by: str = "example"  # or "user": whoever is held out is nowhere in training
+    test_fraction: float = 0.2  # of the examples or, by user, of the users
+    seed: int = 10  # of the shuffle; the original's np.random.seed
+    by: str = "example"  # or "user": training has no example of a held-out user
 
 
 class Vocabulary:
-    """Tokens and their ids, a bijection; id 0 is `<UNK>`."""
+    """A bijection between tokens and ids; id 0 is `<UNK>`."""
 
     def __init__(self, tokens: list[str] | None = None):
         self.tokens = tokens or [UNKNOWN]
@@ -47,18 +49,18 @@ class Vocabulary:
         return len(self.tokens)
 
     def grow(self, tokens: list[str]) -> np.ndarray:
-        """Ids of the tokens, all different; new ones get the next ids in order."""
+        """Ids (n,) int32 of n distinct tokens; new tokens get the next ids in order."""
         before = len(self)
         ids = np.array([self.ids.setdefault(token, len(self.ids)) for token in tokens], dtype=np.int32)
         self.tokens += [tokens[place] for place in np.flatnonzero(ids >= before)]
         return ids
 
     def look_up(self, tokens: list[str]) -> np.ndarray:
-        """Ids of the tokens, 0 for those that are not here."""
+        """Ids (n,) int32 of n tokens, 0 for unknown ones."""
         return np.array([self.ids.get(token, 0) for token in tokens], dtype=np.int32)
 
     def to_tensor(self) -> Tensor:
-        """The tokens as one uint8 tensor, which a checkpoint keeps without pickling a list of strings."""
+        """The tokens as one uint8 tensor, which a checkpoint stores in place of a list of strings."""
         return torch.frombuffer(bytearray("\n".join(self.tokens).encode()), dtype=torch.uint8)
 
     @property
@@ -70,30 +72,32 @@ class Vocabulary:
         return cls(tensor.numpy().tobytes().decode().split("\n"))
 
     def check_index(self, path: str) -> None:
-        """InputError if index.csv holds other ids, which other checkpoints need; one that is unreadable serves none."""
+        """InputError if index.csv holds other ids, which other checkpoints need; a damaged one may be overwritten."""
         try:
             there = read_index(path).tokens
         except InputError:
             return
         if there != self.tokens:
             raise InputError(
-                f"{path} holds the ids of other data, without which its checkpoints cannot be trained on: give another "
+                f"{path} holds the ids of other data, which the checkpoints made from it need: give another "
                 "--index_path and --checkpoint_dir"
             )
 
     def write(self, path: str) -> None:
-        """Writes index.csv: a header `token,id`, then a line a token."""
+        """Writes index.csv: the header `token,id`, then one line per token."""
         with whole_file(path) as file:
             pd.DataFrame({"token": self.tokens, "id": range(len(self))}).to_csv(file, index=False)
 
 
 def read_index(path: str) -> Vocabulary:
-    """The vocabulary in index.csv, as `Vocabulary.write` writes it; InputError if it is anything else."""
-    again = "run `python conure_tp_t1.py` as before, which writes it again and leaves a finished stage alone"
+    """The vocabulary in index.csv, as `Vocabulary.write` writes it; InputError if it is missing or anything else."""
+    command = "python conure_tp_t1.py" + ("" if path == Running.index_path else f" --index_path {shlex.quote(path)}")
+    again = f"run `{command}` with its other flags as before, which rewrites it and keeps a finished stage"
+    full = os.path.abspath(path)
     if not os.path.exists(path):
-        raise InputError(f"{missing(path)}: run `python conure_tp_t1.py` first, which writes it")
+        raise InputError(f"{missing(path)}: run `{command}` first, which writes it")
     if os.path.getsize(path) > MAX_INDEX_BYTES:
-        raise InputError(f"{path} has more than {MAX_INDEX_BYTES:,} bytes, so it is no item index: {again}")
+        raise InputError(f"{full} is no item index (more than {MAX_INDEX_BYTES:,} bytes): {again}")
     try:
         with open(path, encoding="utf-8-sig") as file:
             table = pd.read_csv(io.StringIO(file.read()), dtype=str, keep_default_na=False)
@@ -107,23 +111,23 @@ def read_index(path: str) -> Vocabulary:
         if tokens[:1] != [UNKNOWN]:
             raise ValueError(f"the token of id 0 must be {UNKNOWN}")
         if len(set(tokens)) < len(tokens) or any("\n" in token for token in tokens):
-            raise ValueError("its tokens must differ from each other and have no line ends")
+            raise ValueError("its tokens must be distinct and without line breaks")
     except (ValueError, OSError) as error:
         reason = str(error).splitlines()[0][:120]
-        raise InputError(f"{path} is no item index ({reason}): {again}") from None
+        raise InputError(f"{full} is no item index ({reason}): {again}") from None
     return Vocabulary(tokens)
 
 
 class Encoder:
-    """Gives tokens their ids, chunk by chunk; those of numbers are kept in a table, which no dict comes near."""
+    """Maps tokens to ids chunk by chunk. Numbers go through a lookup table, which is much faster than a dict."""
 
     def __init__(self, ids_of: Callable[[list[str]], np.ndarray]):
-        """`ids_of` gives the ids (n,) int32 of n distinct tokens: a vocabulary's `grow` or `look_up`."""
+        """`ids_of` returns the ids (n,) int32 of n distinct tokens: a vocabulary's `grow` or `look_up`."""
         self.ids_of = ids_of
-        self.table = np.empty(0, np.int32)  # number → id, -1 if it was not seen yet
+        self.table = np.empty(0, np.int32)  # number → id, -1 for numbers not seen yet
 
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
-        """Ids (n,) int32 of n tokens: text, or int64 numbers that stand for their decimal text."""
+        """Ids (n,) int32 of n tokens: an object array of str, or int64 numbers that stand for their decimal text."""
         highest = MAX_TABLE if tokens.dtype == object else int(tokens.max())
         if highest >= MAX_TABLE:
             codes, distinct = pd.factorize(tokens)  # in order of first appearance
@@ -139,7 +143,7 @@ class Encoder:
 
 
 def pad_left(ids: np.ndarray, lengths: np.ndarray, width: int, padding: int) -> np.ndarray:
-    """Rows (n, width) of the ids of n rows, (lengths.sum(),), with padding in front of rows that are shorter."""
+    """Rows (n, width) from the concatenated ids (lengths.sum(),) of n rows; shorter rows are padded on the left."""
     if len(ids) == len(lengths) * width:
         return ids.reshape(len(lengths), width)
     rows = np.full((len(lengths), width), padding, dtype=np.int32)
@@ -149,11 +153,11 @@ def pad_left(ids: np.ndarray, lengths: np.ndarray, width: int, padding: int) -> 
 
 @dataclass
 class Encoded:
-    """A data file in ids."""
+    """A data file as ids."""
 
     digest: str  # SHA-256 of the file
-    rows: np.ndarray  # (U, L) int32: the sequences, padded on the left, and where targets follow, the separator 0
-    lines: np.ndarray  # (U,) int32: the line of each row, from 1
+    rows: np.ndarray  # (U, L) int32: sequences, padded on the left; for a later task the separator 0 follows
+    lines: np.ndarray  # (U,) int32: each row's line in the file, from 1
     users: np.ndarray  # (N,) int32: the row of each target; empty for task 1
     targets: np.ndarray  # (N,) int32; empty for task 1
     items: Vocabulary
@@ -163,10 +167,10 @@ class Encoded:
 def encode(
     path: str, with_targets: bool, items: Vocabulary | None, target_vocabulary: Vocabulary | None = None
 ) -> Encoded:
-    """The file in ids; a vocabulary that is not given is made of the file's own tokens, held-out ones included.
+    """Reads the file as ids. A vocabulary that is not given is built from the whole file, held-out examples included.
 
-    If `0` stands nowhere in a file of its own vocabulary but is needed for padding, it becomes the last item.
-    InputError names the file, and the line that cannot be read.
+    If padding is needed and the file has no `0`, a new vocabulary gets it as its last item. InputError names the file
+    and the line.
     """
     items, item_ids = _ids_of(items)
     target_vocabulary, target_ids = _ids_of(target_vocabulary)
@@ -189,7 +193,7 @@ def encode(
     lines = np.concatenate(lines)
     rows, end = np.zeros((len(lines), longest + with_targets), dtype=np.int32), len(lines)
     pieces.clear()
-    while blocks:  # from the last one on, so that each is freed once it is in place
+    while blocks:  # from the last one, so that each is freed once it is copied
         part = pad_left(*blocks.pop(), longest, padding)
         rows[end - len(part) : end, :longest] = part
         end -= len(part)
@@ -198,15 +202,15 @@ def encode(
 
 
 def _ids_of(vocabulary: Vocabulary | None) -> tuple[Vocabulary, Callable[[list[str]], np.ndarray]]:
-    """The vocabulary, or a new one that grows, and what gives the ids of tokens."""
+    """The vocabulary, or a new one that grows, and its method that returns ids."""
     grown = Vocabulary()
     return (grown, grown.grow) if vocabulary is None else (vocabulary, vocabulary.look_up)
 
 
 class Batch(NamedTuple):
-    """Examples, of which several may have one row: example i is `inputs[row_of[i]]` with `targets[i]`."""
+    """Examples, several of which may share a row: example i is `inputs[row_of[i]]` with `targets[i]`."""
 
-    rows: np.ndarray  # (R,) their numbers
+    rows: np.ndarray  # (R,) row numbers in the task's data
     inputs: Tensor  # (R, T) int64
     row_of: Tensor  # (B,) int64, ascending
     targets: Tensor  # (B,) int64
@@ -222,28 +226,28 @@ class TaskData:
 
     path: str = ""
     digest: str = ""  # SHA-256 of the file
-    split: Split = field(default_factory=Split)  # that made `splits`
+    split: Split = field(default_factory=Split)  # how `splits` were made
     rows: np.ndarray  # (U, T) int32, padded on the left
     users: np.ndarray  # (N,) int32
     targets: np.ndarray  # (N,) int32
     items: Vocabulary
     target_vocabulary: Vocabulary  # of the targets; `items` itself for task 1
-    padding_id: int = -1  # of `0`; -1: it is no item
-    unknown_items: int = 0  # places in the sequences, padding included, whose token is not in `items`
+    padding_id: int = -1  # id of `0`; -1 if it is no item
+    unknown_items: int = 0  # elements of the sequences, padding included, whose token is not in `items`
     unknown_targets: int = 0
-    # Of example numbers: train, validation, test, and heldout = the last two.
+    # Example numbers of train, validation, test, and heldout = validation + test.
     splits: dict[str, np.ndarray] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)  # what may not be meant
+    notes: list[str] = field(default_factory=list)  # what looks like a mistake in the file
 
     def batch(self, examples: np.ndarray) -> Batch:
-        """These examples (B,), in the order of their rows."""
+        """These examples (B,), sorted by row."""
         examples = examples[np.argsort(self.users[examples], kind="stable")]
         rows, row_of = np.unique(self.users[examples], return_inverse=True)
         ids = (torch.from_numpy(each).long() for each in (self.rows[rows], row_of, self.targets[examples]))
         return Batch(rows, *ids)
 
     def describe(self) -> list[str]:
-        """Lines on where the data come from and how many there are."""
+        """Lines to print: the file, counts of rows, ids and examples, and notes."""
         splits = ", ".join(f"{len(self.splits[name]):,} {name}" for name in ("train", "validation", "test"))
         lines = [
             self.path,
@@ -254,20 +258,20 @@ class TaskData:
         lines += self.notes
         if self.unknown_items or self.unknown_targets:
             lines.append(
-                f"read as {UNKNOWN}: {self.unknown_items:,} of {self.rows.size:,} items, "
+                f"not in the vocabulary, read as {UNKNOWN}: {self.unknown_items:,} of {self.rows.size:,} items, "
                 f"{self.unknown_targets:,} of {len(self.targets):,} targets"
             )
         return lines
 
 
 def load_sequences(path: str, split: Split, items: Vocabulary | None = None) -> TaskData:
-    """Task 1's data. Without `items` the vocabulary is made of the file's own tokens, held-out rows included."""
+    """Task 1's data. Without `items` the vocabulary is built from the whole file, held-out rows included."""
     encoded = encode(path, False, items)
     rows, items = encoded.rows, encoded.items
     notes = _check_padding(path, encoded, rows)
     if _has_one_item(rows, items, rows[:, -1:]):
         raise InputError(
-            f"{path}, line {encoded.lines[0]}: one item only, as in every line; task 1 needs a next item to predict"
+            f"{path}, line {encoded.lines[0]}: one item only, as in every line: give sequences of several items"
         )
     return TaskData(
         path=os.path.abspath(path),
@@ -280,23 +284,23 @@ def load_sequences(path: str, split: Split, items: Vocabulary | None = None) -> 
         target_vocabulary=items,
         padding_id=items.ids.get(PADDING, -1),
         unknown_items=rows.size - np.count_nonzero(rows),
-        splits=_split(np.arange(len(rows)), split, path),  # by user or example: each row is one
+        splits=_split(np.arange(len(rows)), split, path),  # each row is one example of one user
         notes=notes,
     )
 
 
 def load_examples(path: str, split: Split, items: Vocabulary, target_vocabulary: Vocabulary | None = None) -> TaskData:
-    """A later task's data. Without `target_vocabulary` it is made of the file's targets, held-out ones included."""
+    """A later task's data. Without `target_vocabulary` it is built from the whole file, held-out targets included."""
     encoded = encode(path, True, items, target_vocabulary)
     rows, targets = encoded.rows, encoded.targets
     notes = _check_padding(path, encoded, rows[:, :-1])
     if len(encoded.target_vocabulary) < 3:
-        raise InputError(f"{path}: every target is the same; a task needs at least two to tell apart")
+        raise InputError(f"{path}: all targets are the same: give at least two different ones")
     item = rows[0, -2]
     if item and _has_one_item(rows[:, :-1], items, item):
         raise InputError(
-            f"{path}, line {encoded.lines[0]}: the item `{items.tokens[item]}` alone, as in every line; a task needs "
-            "sequences that tell users apart"
+            f"{path}, line {encoded.lines[0]}: only the item `{items.tokens[item]}`, as in every line: give sequences "
+            "that differ between users"
         )
     return TaskData(
         path=os.path.abspath(path),
@@ -316,11 +320,11 @@ def load_examples(path: str, split: Split, items: Vocabulary, target_vocabulary:
 
 
 def _check_padding(path: str, encoded: Encoded, sequences: np.ndarray) -> list[str]:
-    """A note on rows (U, L) that hold padding alone; InputError if most do, or if padding is on the right.
+    """Notes rows (U, L) of padding alone; InputError if most rows are, or if rows are padded on the right.
 
-    `0` may be an item too. So it is taken for padding on the right only if most rows end with it and do not start with
-    it, or a tenth of them (three or more) end with two of it; and if they are more than twice as many as those that
-    start with it and do not end with it.
+    `0` may also be an item. A row counts as padded on the right if it ends with `0` and does not start with it, as
+    padded on the left if it is the other way round. The error needs two things: most rows are padded on the right, or a
+    tenth of all rows (at least three) by two or more; and they are more than twice as many as those padded on the left.
     """
     padding = encoded.items.ids.get(PADDING)
     if padding is None:
@@ -332,7 +336,7 @@ def _check_padding(path: str, encoded: Encoded, sequences: np.ndarray) -> list[s
     if often and right.sum() > 2 * left.sum():
         raise InputError(
             f"{path}, line {encoded.lines[right.argmax()]}: padding (`{PADDING}`) at the end, as in {right.sum():,} of "
-            f"{len(right):,} lines: remove it, as shorter rows are padded on the left when they are read"
+            f"{len(right):,} lines: remove it; short rows are padded on the left when they are read"
         )
     alone = np.flatnonzero(first & last)
     alone = alone[(sequences[alone] == padding).all(axis=1)]
@@ -346,17 +350,17 @@ def _check_padding(path: str, encoded: Encoded, sequences: np.ndarray) -> list[s
 
 
 def _has_one_item(rows: np.ndarray, items: Vocabulary, item: np.ndarray) -> bool:
-    """Whether all rows (U, L) hold nothing but `item`, (U, 1) or one for all, and padding."""
+    """Whether all rows (U, L) hold only `item`, (U, 1) or one for all rows, and padding."""
     padding = items.ids.get(PADDING, -1)
-    blocks = (slice(start, start + 4096) for start in range(0, len(rows), 4096))  # most often the first one tells
+    blocks = (slice(start, start + 4096) for start in range(0, len(rows), 4096))  # the first one mostly decides
     item = np.broadcast_to(item, (len(rows), 1))
     return all(((rows[block] == item[block]) | (rows[block] == padding)).all() for block in blocks)
 
 
 def _split(users: np.ndarray, split: Split, path: str) -> dict[str, np.ndarray]:
-    """Example numbers of train, validation, test, and heldout = the last two; `users` (N,): the row of each example.
+    """Example numbers of train, validation, test, and heldout = validation + test; `users` (N,): each example's row.
 
-    By example it is the original's split; by user the same is done to the rows, which take their examples along.
+    By example it is the original's split. By user rows are split in the same way, each with all its examples.
     """
     groups = users if split.by == "user" else np.arange(len(users))
     count = int(groups.max()) + 1
@@ -364,7 +368,7 @@ def _split(users: np.ndarray, split: Split, path: str) -> dict[str, np.ndarray]:
     if held_out < 2 or held_out == count:
         raise InputError(
             f"{path}: {count} {split.by}s are too few to hold out {split.test_fraction:g} of them for validation and "
-            "test"
+            "test: give more data or another --test_fraction"
         )
     place = np.argsort(np.random.RandomState(split.seed).permutation(count))[groups]  # of each example's group
     order = np.argsort(place, kind="stable")

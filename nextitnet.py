@@ -1,7 +1,7 @@
-"""NextItNet, the dilated causal CNN that all tasks share, and a head for each task.
+"""NextItNet, the dilated causal CNN that all tasks share, with one head for each task.
 
 Backbone: Yuan et al., "A Simple Convolutional Generative Network for Next Item Recommendation" (WSDM 2019), residual
-block (b); heads: the Conure paper, section 3.2. Activations are (time, batch, channels) inside the blocks.
+block (b). Heads: the Conure paper, section 3.2. Inside the blocks activations are (time, batch, channels).
 """
 
 from collections.abc import Callable, Sequence
@@ -21,32 +21,32 @@ LAYER_NORM_EPS = 1e-8  # the original's ops.py
 
 
 def truncated_normal_(weight: Tensor) -> None:
-    """Normal of deviation 0.02, redrawn beyond two deviations: the original's start for all but head 1."""
+    """Normal initialisation of deviation 0.02, truncated at two deviations; the original's, except for head 1."""
     nn.init.trunc_normal_(weight, std=0.02, a=-0.04, b=0.04)
 
 
 class Grid(NamedTuple):
-    """Evenly spaced positions of a sequence, of which the last one is the sequence's last."""
+    """Evenly spaced positions of a sequence, up to its last position."""
 
     count: int
-    step: int  # 0 of the last position alone
+    step: int  # 0 if the last position is the only one
 
     def places(self, among: "Grid") -> slice:
-        """Where they stand in an array of the positions `among`, whose step divides theirs."""
+        """The slice that selects these positions from an array over `among`, whose step must divide theirs."""
         step = max(1, self.step // among.step)
         return slice(among.count - 1 - (self.count - 1) * step, among.count, step)
 
 
 class Geometry(NamedTuple):
-    """How a convolution gets from the positions that it is given to those that are wanted of it."""
+    """Stride, dilation and padding of a convolution that computes only the positions that are needed."""
 
     stride: int
     dilation: int
-    padding: int  # zeros before the sequence's start
+    padding: int  # zero positions in front of the input
 
 
 class BlockPlan(NamedTuple):
-    """The two convolutions of a residual block, and the places of its inputs that are added to its outputs."""
+    """The geometries of a residual block's two convolutions, and the slice of its input for the skip connection."""
 
     conv1: Geometry
     conv2: Geometry
@@ -54,9 +54,10 @@ class BlockPlan(NamedTuple):
 
 
 def plan(dilations: Sequence[int], kernel_size: int, time: int, last_only: bool) -> tuple[Grid, list[BlockPlan]]:
-    """The positions of a sequence of length `time` that the blocks' output depends on, and how each block reads them.
+    """The grid of input positions that the blocks' output depends on, and a plan for each block.
 
-    The output is all positions, or the last alone: then the upper convolutions run at 1, 3, 7, 15, … positions.
+    The output is every position of a sequence of length `time`, or with `last_only` the last position. In the second
+    case the convolutions, from the last one down, compute 1, 3, 7, 15, … positions (with a kernel of 3).
     """
     outputs, blocks = Grid(1, 0) if last_only else Grid(time, 1), []
     for dilation in reversed(dilations):
@@ -68,7 +69,7 @@ def plan(dilations: Sequence[int], kernel_size: int, time: int, last_only: bool)
 
 
 def read_by(outputs: Grid, dilation: int, kernel_size: int, time: int) -> tuple[Grid, Geometry]:
-    """The positions that a convolution reads for `outputs`, and how."""
+    """The positions that a convolution reads to compute `outputs`, and its geometry on them."""
     step = gcd(outputs.step, dilation)
     wanted = 1 + ((outputs.count - 1) * outputs.step + (kernel_size - 1) * dilation) // step
     inputs = Grid(min(wanted, 1 + (time - 1) // step), step)
@@ -78,9 +79,9 @@ def read_by(outputs: Grid, dilation: int, kernel_size: int, time: int) -> tuple[
 class DilatedConv(torch.autograd.Function):
     """`DilatedConv.apply(x, weight, geometry, dtype)`: x (P, B, C_in), weight (C_out, K, C_in) → (outputs, B, C_out).
 
-    The products are taken in `dtype`; what comes out, the gradients too, has the dtypes of `x` and `weight`. One
-    torch.conv2d, since (P, B, C) is an image (1, C, P, B) in channels-last memory. Only its weight gradient is taken
-    tap by tap, in two thirds of the time that oneDNN's own takes on a CPU.
+    It multiplies in `dtype`; output and gradients have the dtypes of `x` and `weight`. (P, B, C) is an image
+    (1, C, P, B) in channels-last memory, so one torch.conv2d does the work. The weight gradient is computed tap by tap,
+    which takes two thirds of the time of oneDNN's on a CPU.
     """
 
     @staticmethod
@@ -98,7 +99,7 @@ class DilatedConv(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             x_gradient, _, _ = torch.ops.aten.convolution_backward(
                 *(image(gradient), image(x), kernel(weight), None, (stride, 1), (0, 0), (dilation, 1)),
-                *(False, (0, 0), 1, (True, False, False)),  # not transposed, one group, no other gradients
+                *(False, (0, 0), 1, (True, False, False)),  # not transposed, one group; the gradient of x only
             )
             x_gradient = x_gradient[0].permute(1, 2, 0)[padding:].to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
@@ -111,17 +112,17 @@ class DilatedConv(torch.autograd.Function):
 
 
 def image(x: Tensor) -> Tensor:
-    """(P, B, C) → (1, C, P, B), the same memory."""
+    """(P, B, C) → (1, C, P, B), a view."""
     return x.permute(2, 0, 1)[None]
 
 
 def kernel(weight: Tensor) -> Tensor:
-    """(C_out, K, C_in) → (C_out, C_in, K, 1), the same memory."""
+    """(C_out, K, C_in) → (C_out, C_in, K, 1), a view."""
     return weight.unsqueeze(2).permute(0, 3, 1, 2)
 
 
 class CausalConv(OwnedWeight):
-    """Dilated convolution that never looks ahead; weight (C_out, K, C_in), tap 0 the oldest; no bias, as it stays 0."""
+    """Causal dilated convolution; weight (C_out, K, C_in), tap 0 the oldest. No bias: the original's stays 0."""
 
     def __init__(self, channels: int, kernel_size: int):
         super().__init__(channels, kernel_size, channels)
@@ -133,9 +134,9 @@ class CausalConv(OwnedWeight):
 
 
 class Dropout(nn.Module):
-    """As torch.nn.Dropout, which draws its masks element by element, slowly on a CPU."""
+    """torch.nn.Dropout with a faster mask on a CPU, where torch draws one random number per element."""
 
-    LEVELS = 1 << 16  # of a random number of 16 bits; probabilities are exact to 1 / LEVELS
+    LEVELS = 1 << 16  # values of a 16-bit random number; the dropout probability is exact to 1 / LEVELS
 
     def __init__(self, p: float = 0.0):
         super().__init__()
@@ -149,11 +150,11 @@ class Dropout(nn.Module):
         return x * self.factors(x)
 
     def factors(self, x: Tensor) -> Tensor:
-        """0 or 1 / (1 - p) for each element of x; they follow from torch's seed."""
+        """The factor of each element of x: 0 or 1 / (1 - p). Determined by torch's seed."""
         source = np.random.Generator(np.random.SFC64(int(torch.randint(1 << 62, ()))))
         words = source.integers(1 << 64, size=-(-x.numel() // 4), dtype=np.uint64)
         dropped = min(round(self.p * self.LEVELS), self.LEVELS - 1)
-        kept = words.view(np.int16)[: x.numel()] >= dropped - self.LEVELS // 2  # numbers from -LEVELS / 2 on
+        kept = words.view(np.int16)[: x.numel()] >= dropped - self.LEVELS // 2  # int16 starts at -LEVELS / 2
         return torch.from_numpy(np.multiply(kept, np.float32(1 / (1 - self.p)))).view(x.shape).to(x.dtype)
 
 
@@ -175,9 +176,9 @@ class ResidualBlock(nn.Module):
 
 
 class LowRankUpdate(nn.Module):
-    """What a later task adds to the item embedding, a product of two matrices of the given rank; zero at the start.
+    """A later task's low-rank update of the item embedding: rows (items, rank) @ axes (rank, C). Starts at zero.
 
-    Low-rank adaptation (LoRA, Hu et al., ICLR 2022) of an embedding, as tasks 2 and later may not change its weights.
+    Low-rank adaptation (LoRA, Hu et al., ICLR 2022): the embedding itself is frozen after task 1.
     """
 
     def __init__(self, items: int, rank: int, channels: int):
@@ -192,8 +193,8 @@ class LowRankUpdate(nn.Module):
 class NextItNet(nn.Module):
     """Item ids (B, T) → hidden states (B, T, C) → scores over the items or classes of one task.
 
-    `positions` is the number of learned position vectors, 0 for none; inputs longer than that repeat the first one.
-    `tied`: the weight of task 1's head is the item embedding.
+    `positions`: the number of position embeddings, 0 for none. In a longer input all earlier positions share the first.
+    `tied`: task 1's head and the item embedding share one weight.
     """
 
     def __init__(
@@ -219,19 +220,18 @@ class NextItNet(nn.Module):
         self.position = nn.Embedding(positions, channels) if positions else None
         if positions:
             truncated_normal_(self.position.weight)
-        self.dropout = Dropout()  # of items, blocks and hidden states; training sets its probability
+        self.dropout = Dropout()  # of embeddings, blocks and last states; `initial_model` sets p
         self.blocks = nn.ModuleList(ResidualBlock(channels, kernel_size, self.dropout) for _ in dilations)
-        self.compiled: Callable[..., Tensor] | None = None  # `states`, for training alone
-        self.updates = nn.ModuleDict()  # of the item embedding, by task number as a string
-        self.heads = nn.ModuleDict()  # likewise
-        self.anchors: dict[int, Tensor] = {}  # by task: where L2-SP pulls the head's weight; not saved
+        self.compiled: Callable[..., Tensor] | None = None  # `states` by torch.compile, for training only
+        self.updates = nn.ModuleDict()  # of the item embedding; the key is the task number as a string
+        self.heads = nn.ModuleDict()  # same keys
+        self.anchors: dict[int, Tensor] = {}  # task → the weight that L2-SP pulls its head towards; not saved
         self.add_head(1, items)
         if tied:
             self.head(1).weight = self.embedding.weight
 
     def add_head(self, task: int, size: int, bias: bool = False) -> None:
-        """Softmax weights and bias for task 1; an item or class matrix (size, C) for every later task, or that and a
-        bias (size,)."""
+        """Adds the head of a task: a weight (size, C), and for task 1 or with `bias` a bias (size,)."""
         head = nn.Linear(self.architecture["channels"], size, bias=bias or task == 1)
         if task == 1:
             nn.init.normal_(head.weight, std=0.01)
@@ -246,11 +246,11 @@ class NextItNet(nn.Module):
         return self.heads[str(task)]
 
     def add_update(self, task: int, rank: int) -> None:
-        """Lets the task, and those after it, read the item embedding with a low-rank update that the task trains."""
+        """Adds a low-rank update of the item embedding: the task trains it, and later tasks read it too."""
         self.updates[str(task)] = LowRankUpdate(*self.embedding.weight.shape[:1], rank, self.architecture["channels"])
 
     def embedded(self, ids: Tensor, stage: Stage) -> Tensor:
-        """Item vectors (…, C) as a task reads them: with the updates of tasks 2..k."""
+        """Item embeddings (…, C) with the updates of tasks 2..k, for a stage of task k."""
         x = self.embedding(ids)
         for task, update in self.updates.items():
             if int(task) <= stage.task:
@@ -258,16 +258,16 @@ class NextItNet(nn.Module):
         return x
 
     def forward(self, ids: Tensor, stage: Stage, last_only: bool = False) -> Tensor:
-        """Hidden states (B, T, C); with `last_only` (B, 1, C), and nothing computed that they do not depend on."""
+        """Hidden states (B, T, C), or with `last_only` (B, 1, C) by computing only what the last one depends on."""
         shape = self.architecture
-        if ids.shape[0] == 0:  # a process's share of a last batch that is too small for all; conv2d refuses it
+        if ids.shape[0] == 0:  # the share of a process at a small last batch; conv2d refuses an empty one
             return self.embedding.weight.new_zeros(0, 1 if last_only else ids.shape[1], shape["channels"])
         inputs, blocks = plan(shape["dilations"], shape["kernel_size"], ids.shape[1], last_only)
         states = self.compiled if self.training and self.compiled else self.states
         return states(ids, stage, inputs.places(Grid(ids.shape[1], 1)), blocks).transpose(0, 1)
 
     def states(self, ids: Tensor, stage: Stage, places: slice, blocks: list[BlockPlan]) -> Tensor:
-        """(outputs, B, C) by a plan."""
+        """Hidden states (outputs, B, C) at the positions of a plan: `places` in `ids`, then `blocks`."""
         x = self.embedded(ids.t()[places], stage)  # (P, B, C)
         if self.position is not None:
             # Counted from the right, because padding is on the left.
@@ -279,7 +279,7 @@ class NextItNet(nn.Module):
         return self.dropout(x)
 
     def user_representation(self, ids: Tensor, stage: Stage) -> Tensor:
-        """(B, C): the last hidden state, which has seen the whole sequence."""
+        """(B, C): the last hidden state, the only one that depends on the last item."""
         return self(ids, stage, last_only=True)[:, 0]
 
     def scores(self, ids: Tensor, stage: Stage) -> Tensor:
@@ -287,20 +287,20 @@ class NextItNet(nn.Module):
         return self.head(stage.task)(self.user_representation(ids, stage))
 
     def own(self, task: int) -> set[nn.Parameter]:
-        """What belongs to the task as a whole: its head, and its update of the item embedding if it has one."""
+        """Parameters that the task owns as a whole: its head, and its update of the item embedding if it has one."""
         modules = (group[str(task)] for group in (self.heads, self.updates) if str(task) in group)
         return {parameter for module in modules for parameter in module.parameters()}
 
     def tables(self, task: int) -> set[nn.Parameter]:
-        """Parameters with a row per item or class, of which a batch reaches few: embedding, its update, task's head."""
+        """Parameters with a row per item or class, most untouched by a batch: embedding, the task's update and head."""
         return {self.embedding.weight, *self.own(task)}
 
     def train_only(self, stage: Stage) -> list[nn.Parameter]:
-        """Lets gradients reach what this stage trains, and returns it.
+        """Sets `requires_grad` for the parameters that this stage trains, clears it for all others; returns the former.
 
-        Everything in tp of task 1; from then on conv weights and what is the task's own, while embedding, with what is
-        tied to it, and layer norms stay as tp of task 1 left them. Which elements of a conv weight learn is the owner
-        map's business.
+        tp of task 1 trains everything. Later stages train the conv weights and the task's own parameters; the item
+        embedding, a head tied to it and the layer norms are frozen. Within a conv weight the owner map decides which
+        elements get a gradient.
         """
         everything = stage == Stage(1, "tp")
         trained = self.own(stage.task) - {self.embedding.weight}

@@ -1,7 +1,8 @@
-"""Who owns which weight: the owner map, pruning, and what a task may read and train.
+"""Who owns which weight: the owner map, pruning, and the weights that a task reads and trains.
 
-Every conv layer carries a uint8 map of the weight's own shape: 0 = free, k = owned by task k. Free weights keep their
-values, so the next task starts from them. Paper: section 3.3 (pruning), 3.4 (retraining), figure 2.
+Every conv layer has an owner map, a uint8 tensor of its weight's shape: 0 = free, k = owned by task k. Pruning keeps
+the values of free weights, and the next task starts from them. Paper: sections 3.3 (pruning) and 3.4 (retraining),
+figure 2.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 FREE = 0
-MAX_TASKS = 255  # what a uint8 owner can tell apart
+MAX_TASKS = 255  # the largest owner that a uint8 holds
 
 
 class Stage(NamedTuple):
@@ -23,10 +24,10 @@ class Stage(NamedTuple):
 
 
 def used_and_trained(owner: Tensor, stage: Stage) -> tuple[Tensor, Tensor]:
-    """The two boolean masks of `owner`'s shape: weights in the forward pass, and weights that get a gradient.
+    """Two boolean masks of `owner`'s shape: weights used in the forward pass, and weights that get a gradient.
 
-    tp uses everything and trains what is free; ret uses the weights of tasks 1..k and trains those of task k;
-    inference uses the weights of tasks 1..k and trains none, so that no later task can reach it.
+    tp of task k uses all weights and trains the free ones. ret uses the weights of tasks 1..k and trains those of task
+    k. Inference uses the weights of tasks 1..k and trains none; later tasks cannot change these.
     """
     if stage.mode == "tp":
         return torch.ones_like(owner, dtype=torch.bool), owner == FREE
@@ -37,12 +38,12 @@ def used_and_trained(owner: Tensor, stage: Stage) -> tuple[Tensor, Tensor]:
 
 
 class Read(torch.autograd.Function):
-    """`Read.apply(weight, used, trained)`: zero where it is not used; its gradient zero where it is not trained."""
+    """`Read.apply(weight, used, trained)`: masks the weight by `used`, and its gradient by `trained`."""
 
     @staticmethod
     def forward(ctx, weight: Tensor, used: Tensor, trained: Tensor) -> Tensor:
         ctx.save_for_backward(trained)
-        # `where`, not a product: a product with 0 keeps the sign of the hidden weight, and so its trace in the bits.
+        # Not weight * used: a negative weight times 0 is -0.0, which still shows the sign of a masked weight.
         return torch.where(used, weight, 0.0)
 
     @staticmethod
@@ -52,7 +53,7 @@ class Read(torch.autograd.Function):
 
 
 class OwnedWeight(nn.Module):
-    """A weight whose every element is free or owned by one task."""
+    """A conv weight and its owner map: each element is free or owned by one task."""
 
     def __init__(self, *shape: int):
         super().__init__()
@@ -60,8 +61,8 @@ class OwnedWeight(nn.Module):
         self.register_buffer("owner", torch.zeros(shape, dtype=torch.uint8))
 
     def read(self, stage: Stage) -> Tensor:
-        """The weight as `stage` may see it: zero where it may not look, no gradient where it may not train."""
-        if stage == Stage(1, "tp"):  # nothing is owned yet: spares a step of task 1 the masks, 4 % of its time
+        """The weight with the masks of `stage`: zero where it is not used, no gradient where it is not trained."""
+        if stage == Stage(1, "tp"):  # no weight has an owner yet; masking would take 4 % of a step
             return self.weight
         return Read.apply(self.weight, *used_and_trained(self.owner, stage))
 
@@ -71,10 +72,10 @@ def owned_weights(model: nn.Module) -> Iterator[OwnedWeight]:
 
 
 def keep_count(size: int, earlier_ratios: Sequence[float], ratio: float) -> int:
-    """How many of a layer's `size` weights a task takes, when the tasks before it pruned by `earlier_ratios`.
+    """How many of a layer's `size` weights a task keeps; `earlier_ratios` are the prune ratios of the tasks before it.
 
-    floor(size * prune_1 * ... * prune_{k-1} * (1 - prune_k)) + 1, in float32 as the original computes it, where the
-    product may fall on the other side of a whole number than in float64.
+    floor(size * prune_1 * ... * prune_{k-1} * (1 - prune_k)) + 1. In float32, as in the original: float64 may round the
+    product to the other side of a whole number.
     """
     kept = np.float32(size)
     for earlier in earlier_ratios:
@@ -83,24 +84,25 @@ def keep_count(size: int, earlier_ratios: Sequence[float], ratio: float) -> int:
 
 
 def budget(layer: OwnedWeight, ratios: Sequence[float]) -> tuple[int, int]:
-    """How many of the layer's weights are free, and how many of those a task takes; `ratios` are of tasks 1 to it."""
+    """How many of the layer's weights are free, and how many of them task k keeps; `ratios` are those of tasks 1..k."""
     free = int((layer.owner == FREE).sum())
     return free, min(keep_count(layer.owner.numel(), ratios[:-1], ratios[-1]), free)
 
 
 @torch.no_grad()
 def prune(model: nn.Module, task: int, ratios: Sequence[float]) -> None:
-    """Gives `task` the free weights of largest magnitude in each layer; `ratios` are those of tasks 1..task.
+    """Prunes by magnitude: in each layer `task` becomes the owner of the largest free weights.
 
-    Raises ValueError if the task owns weights already, or if nothing is free.
+    `ratios` are the prune ratios of tasks 1..task. Raises ValueError if the task already owns weights, or if no weight
+    is free.
     """
     if not 1 <= task <= MAX_TASKS:
-        raise ValueError(f"task {task} cannot own weights: an owner map tells {MAX_TASKS} tasks apart")
+        raise ValueError(f"task {task} cannot own weights: an owner map holds tasks 1 to {MAX_TASKS}")
     if len(ratios) != task:
-        raise ValueError(f"pruning task {task} takes {task} prune ratios, one for each task so far; got {len(ratios)}")
+        raise ValueError(f"pruning task {task} needs {task} prune ratios, one per task so far; got {len(ratios)}")
     for layer in owned_weights(model):
         if (layer.owner == task).any():
-            raise ValueError(f"task {task} owns weights already: it has been pruned before")
+            raise ValueError(f"task {task} already owns weights: it was pruned before")
         free, count = budget(layer, ratios)
         if free == 0:
             raise ValueError(f"no free weights are left for task {task}")
@@ -109,6 +111,6 @@ def prune(model: nn.Module, task: int, ratios: Sequence[float]) -> None:
 
 
 def shares(model: nn.Module) -> dict[int, float]:
-    """The fraction of all owned-layer weights that each owner has, free ones (0) included."""
+    """Owner → its share of all conv weights; owner 0 is the free ones."""
     counts = sum(layer.owner.flatten().bincount(minlength=MAX_TASKS + 1) for layer in owned_weights(model))
     return {owner: count / int(counts.sum()) for owner, count in enumerate(counts.tolist()) if count}

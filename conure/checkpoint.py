@@ -1,22 +1,22 @@
-"""Checkpoints: one plain dict per stage, written whole or not at all, from which model and tasks are read back.
+"""Checkpoints: one plain dict per stage, written atomically, from which model and tasks are read back.
 
-    format, name  number of this layout, and the file's name
+    format, name  version of this layout, and the file's name
     task, mode    of the stage that wrote it
-    identity      what made it what it is: hyperparameters, digests of data, vocabulary and the checkpoint before
+    identity      what determines the result: hyperparameters, digests of data, vocabulary and the checkpoint before
     lineage       digests of all ancestors, by file name
     architecture  the arguments of NextItNet
-    model         state dict: weights, owner maps, updates, heads, on the CPU
+    model         state dict on the CPU: weights, owner maps, updates, heads
     items         the item vocabulary, as one uint8 tensor
-    tasks         for each task learned so far: its data, length of rows, targets, prune ratio, hyperparameters,
-                  results, and the fingerprint of all that it reads
+    tasks         for each task learned so far: its data, row length, targets, prune ratio, hyperparameters,
+                  results, and the fingerprint of everything that it reads
     versions      of Python and the packages
 
-A snapshot is a file of the same kind, with the state of a stage that is under way in place of model and tasks. The
-last line of each file is the SHA-256 of all bytes before it, checked before anything is unpickled.
+A snapshot has the same layout, with the state of an unfinished stage in place of model and tasks. The last line of
+each file is the SHA-256 of all bytes before it, checked before anything is unpickled.
 
-Of each task's data a file keeps the absolute path, `data_path`, and the path from its own folder, `data_beside`. `load`
-sets the first by the second where there is such a file, so that a copied project reads its own data, and otherwise
-notes `data_left_behind`.
+For each task's data a checkpoint stores the absolute path, `data_path`, and the path relative to its own folder,
+`data_beside`. `load` replaces the first by the second if that file exists, so a copied project reads its own data.
+Otherwise it sets `data_left_behind`.
 """
 
 import os
@@ -40,7 +40,7 @@ FORMAT = 7
 
 
 def snapshot_of(path: str) -> str:
-    """The snapshot beside a stage's checkpoint."""
+    """The path of the snapshot beside a stage's checkpoint."""
     return f"{path.removesuffix('.pt')}.snapshot.pt"
 
 
@@ -53,30 +53,30 @@ def script_of(stage: Stage) -> str:
 
 
 def stage_before(stage: Stage) -> Stage:
-    """ret of a task starts from its tp, tp from the ret of the task before."""
+    """ret of task k starts from tp of task k, and tp of task k from ret of task k - 1."""
     return Stage(stage.task, "tp") if stage.mode == "ret" else Stage(stage.task - 1, "ret")
 
 
 def stage_of(path: str) -> Stage | None:
-    """The stage whose checkpoint has this file name; None if it is no checkpoint's."""
+    """The stage of a checkpoint, by its file name; None for any other file, snapshots included."""
     match = re.fullmatch(CHECKPOINT_NAME, os.path.basename(path))
     return Stage(int(match[2]), match[1]) if match and not match[3] else None
 
 
 def order_of(path: str) -> tuple[int, bool]:
-    """Sorts checkpoint files along the chain."""
+    """Sort key of checkpoint files: their order in the chain."""
     stage = stage_of(path)
     return stage.task, stage.mode == "ret"
 
 
 def in_folder(folder: str) -> list[str]:
-    """The names of the checkpoints in `folder`, along the chain."""
+    """The names of the checkpoints in `folder`, in the order of the chain."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return sorted(filter(stage_of, names), key=order_of)
 
 
 def newest(folder: str) -> str:
-    """The checkpoint in `folder` that is furthest along the chain; InputError if there is none."""
+    """The path of the last checkpoint of the chain in `folder`; InputError if there is none."""
     names = in_folder(folder)
     if not names:
         first = f"python {script_of(Stage(1, 'tp'))}{flag_of(folder)}"
@@ -85,23 +85,23 @@ def newest(folder: str) -> str:
 
 
 def after(path: str) -> list[str]:
-    """The names of the checkpoints in the same folder that come after the one at `path`, along the chain."""
+    """The names of the checkpoints in the same folder that come after `path` in the chain, in order."""
     return [name for name in in_folder(os.path.dirname(path)) if order_of(name) > order_of(path)]
 
 
 def flag_of(folder: str) -> str:
-    """What names a checkpoint folder in a command that would else work on the default one; for messages."""
+    """The flag that a command in a message needs for this folder; empty for the default folder."""
     return "" if folder == Running.checkpoint_dir else f" --checkpoint_dir {shlex.quote(folder or '.')}"
 
 
 def commands_to_rerun(names: list[str], folder: str) -> str:
-    """Which scripts make these checkpoints of `folder` anew, for messages."""
+    """For messages: the scripts to run to write these checkpoints of `folder` again."""
     scripts = ", ".join(script_of(stage_of(name)) for name in names)
     return f"run again, in this order, with{flag_of(folder)} --overwrite: {scripts}"
 
 
 def rerun_advice(path: str) -> str:
-    """What makes the checkpoint at `path` anew, and all that become stale with it, for messages."""
+    """For messages: the commands that write the checkpoint at `path` again, and all that become stale with it."""
     folder = os.path.dirname(path)
     later = f", then {commands_to_rerun(after(path), folder)}" if after(path) else ""
     return f"run `python {script_of(stage_of(path))}{flag_of(folder)} --overwrite`{later}"
@@ -117,7 +117,7 @@ def versions() -> dict[str, str]:
 
 
 def save(path: str, content: dict[str, Any]) -> None:
-    """Writes a checkpoint or snapshot with its digest; InputError, and the file as it was, if the disk is full."""
+    """Writes a checkpoint or snapshot with its digest. If the disk is full: InputError, and an old file stays."""
     head, folder = {"format": FORMAT, "name": os.path.basename(path), "versions": versions()}, os.path.dirname(path)
     if "tasks" in content:
         records = content["tasks"].items()
@@ -129,35 +129,35 @@ def save(path: str, content: dict[str, Any]) -> None:
 def load_file(path: str, remedy: str) -> tuple[dict[str, Any], str]:
     """Content and digest of a checkpoint or snapshot.
 
-    InputError, with the remedy, if a single bit is not as it was written, or if it was written under another name.
+    InputError, ending with `remedy`, if a single bit has changed, or if the file has another format or was renamed.
     """
     content, seal = load_sealed(path)
     if content is None:
-        raise InputError(f"{path} is damaged or cut short, or was never a checkpoint of this suite: {remedy}")
+        raise InputError(f"{path} is damaged or cut short, or no checkpoint: {remedy}")
     if not {"format", "name", "identity"} <= content.keys():
-        raise InputError(f"{path} is whole, but no checkpoint: {remedy}")
+        raise InputError(f"{path} is another kind of file, no checkpoint: {remedy}")
     if content["format"] != FORMAT:
         raise InputError(f"{path} has format {content['format']}, this version reads {FORMAT}: {remedy}")
     if re.fullmatch(CHECKPOINT_NAME, os.path.basename(path)) and content["name"] != os.path.basename(path):
-        raise InputError(f"{path} was written as {content['name']}: {remedy}")
+        raise InputError(f"{path} is a renamed {content['name']}: {remedy}")
     return content, seal
 
 
 def load(path: str) -> tuple[dict[str, Any], str]:
     """Content and digest of a stage's checkpoint.
 
-    InputError, naming the script to run, if it does not exist, is damaged, is another stage's or a snapshot, or goes
-    back to a checkpoint in the same folder that has been replaced since.
+    InputError, naming the script to run, if the file is missing, damaged, renamed or a snapshot, or if it is stale: an
+    ancestor in the same folder has been replaced since.
     """
     stage, folder = stage_of(path), os.path.dirname(path)
     if not os.path.exists(path):
         command = f"python {script_of(stage)}{flag_of(folder)}" if stage else ""
-        first = f"run `{command}` first, which writes it" if stage else "name one that does"
+        first = f"run `{command}` first, which writes it" if stage else "name one that exists"
         raise InputError(f"{path} does not exist: {first}")
-    remedy = f"put a copy of it back, or {rerun_advice(path)}" if stage else "name another one"
+    remedy = f"restore a copy, or {rerun_advice(path)}" if stage else "name a checkpoint"
     content, digest = load_file(path, remedy)
     if "tasks" not in content:
-        raise InputError(f"{path} is the snapshot of a stage under way, no checkpoint: {remedy}")
+        raise InputError(f"{path} is a snapshot, no checkpoint: {remedy}")
     for name, expected in content["lineage"].items():
         ancestor = os.path.join(folder, name)
         if os.path.exists(ancestor):
@@ -177,9 +177,9 @@ def load(path: str) -> tuple[dict[str, Any], str]:
 
 
 def refuse_other(path: str, there: dict[str, str], identity: dict[str, str], remedy: str) -> None:
-    """InputError, naming the fields, if the identity of the file at `path` is `there` and not `identity`.
+    """InputError, naming the fields, if `there`, the identity of the file at `path`, differs from `identity`.
 
-    What is still `auto` in `identity` differs from nothing.
+    A field that is still `auto` in `identity` matches any value.
     """
     differing = [name for name in identity if identity[name] not in (there.get(name), "auto")]
     if differing:
@@ -189,12 +189,12 @@ def refuse_other(path: str, there: dict[str, str], identity: dict[str, str], rem
 
 
 def stage_of_state(task: int, state: str) -> Stage:
-    """The stage as which a task is scored in a state, tp, pruned or ret: before pruning it may read all weights."""
+    """The stage that scores a task in a state (tp, pruned or ret): before pruning the task reads all weights."""
     return Stage(task, "tp" if state == "tp" else "inference")
 
 
 def build_model(content: dict[str, Any], network: type[NextItNet] = NextItNet) -> NextItNet:
-    """The model as the checkpoint's stage left it; InputError if the weights are those of another network."""
+    """The model as the checkpoint's stage left it; InputError if the weights do not fit the network."""
     model = network(**content["architecture"])
     for task, record in content["tasks"].items():
         if task > 1:
@@ -204,5 +204,7 @@ def build_model(content: dict[str, Any], network: type[NextItNet] = NextItNet) -
     try:
         model.load_state_dict(content["model"])
     except RuntimeError:
-        raise InputError(f"{content['name']} holds another network than the scripts train") from None
+        raise InputError(
+            f"{content['name']} holds another network than the scripts train: name another checkpoint"
+        ) from None
     return model

@@ -1,4 +1,4 @@
-"""The device that a run computes on, with its precision and its determinism."""
+"""The device of a run, its precision, and determinism."""
 
 from conure.errors import InputError
 
@@ -6,7 +6,7 @@ import torch
 
 
 def pick_device(name: str) -> torch.device:
-    """auto, cpu or cuda → the device; InputError if there is no such one."""
+    """auto, cpu or cuda → the device; InputError for cuda without a GPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this torch sees no GPU; use --device auto or cpu")
     if name == "auto":
@@ -15,9 +15,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """auto, float32 or bfloat16 → one of the latter, the dtype of matrix products in training.
+    """auto, float32 or bfloat16 → float32 or bfloat16, the dtype of matrix products in training.
 
-    Weights, sums and losses stay float32.
+    auto takes bfloat16 if the hardware has instructions for it. Weights, sums and losses stay float32.
     """
     if name != "auto":
         return name
@@ -30,14 +30,14 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 
 def make_deterministic(device: torch.device) -> None:
-    """Makes results on the CPU bit-identical from run to run; resuming relies on it."""
+    """Makes results on a CPU bit-identical from run to run, which resuming relies on."""
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works here, shown by a trial; prints why if not."""
+    """Whether torch.compile works here, found out by a trial; prints the reason if not."""
     try:
         torch.compile(torch.neg)(torch.ones(2, device=device))
     except RuntimeError as error:

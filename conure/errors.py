@@ -1,9 +1,9 @@
-"""How a run ends before its work is done."""
+"""Exceptions that end a run early, without a traceback."""
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used; the message says what, where and what to do, in one line."""
+    """The user's input cannot be used. The message says in one line what is wrong, where, and what to do."""
 
 
 class NothingToDo(Exception):
-    """What was asked for is done already; the message says so."""
+    """The work is already done; the message says so."""

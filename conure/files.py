@@ -1,5 +1,5 @@
-"""Files that survive a crash: written whole or not at all, with a digest that tells whether they still are what was
-written; and a folder's lock, which ends with its process."""
+"""Files that survive a crash: written atomically, with a digest that detects a later change. And the lock of a folder,
+which ends with its process."""
 
 import errno
 import fcntl
@@ -14,18 +14,18 @@ from conure.errors import InputError
 
 import torch
 
-SEAL = b"\nsha256 "  # what stands before the digest; torch.load passes over what follows the archive
+SEAL = b"\nsha256 "  # precedes the digest; torch.load ignores what follows the archive
 SEAL_BYTES = len(SEAL) + 64
-# File names that only the scripts write; copies of checkpoints and snapshots may be called anything else.
+# Names of files that only the scripts write. Copies of checkpoints and snapshots may have any other name.
 CHECKPOINT_NAME = r"(tp|ret)_t([1-9]\d*)\.(snapshot\.)?pt"
 SCRIPTS_OWN = rf"{CHECKPOINT_NAME}|results\.csv|index\.csv"
 
 
 @contextmanager
 def whole_file(path: str) -> Iterator[BinaryIO]:
-    """A file to write `path` with: beside it, flushed to the disk, and renamed once the block ends well.
+    """A file that replaces `path` atomically: it lies beside it, and is flushed and renamed when the block ends well.
 
-    If it does not, `path` is as it was; InputError if the reason is the disk.
+    If the block fails, `path` stays as it was; InputError if the disk is the reason.
     """
     temporary = f"{path}.tmp"
     folder = os.path.dirname(path) or "."
@@ -42,15 +42,19 @@ def whole_file(path: str) -> Iterator[BinaryIO]:
                 raise
         sync_folder(folder)
     except OSError as error:
-        kept = "what it held before is still there" if os.path.exists(path) else "nothing of it is left behind"
+        kept = "the old file is kept" if os.path.exists(path) else "nothing is left behind"
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = "make room, then run the same command" if full else "mend that, then run the same command"
-        raise InputError(f"{path} could not be written ({error.strerror}), {kept}: {advice}") from error
+        first = "free some space" if full else "fix that"
+        raise InputError(
+            f"{path} could not be written ({error.strerror}; {kept}): {first}, then run the same command"
+        ) from error
 
 
 def check_output(path: str, overwrite: bool, own: bool = False) -> None:
-    """InputError if `path` has the name of a file of the scripts, or exists, except with --overwrite, or if it is the
-    command's `own` earlier output."""
+    """InputError if `path` has a name that only the scripts write, or if it exists.
+
+    It may exist with `overwrite`, or if it is the command's `own` earlier output.
+    """
     name = os.path.basename(path)
     if re.fullmatch(SCRIPTS_OWN, name):
         kind = "a checkpoint or snapshot" if name.endswith(".pt") else "a table"
@@ -61,19 +65,19 @@ def check_output(path: str, overwrite: bool, own: bool = False) -> None:
 
 @contextmanager
 def torch_writing() -> Iterator[None]:
-    """Turns the RuntimeError that torch has for a disk that takes no more into the system's own error."""
+    """Turns the RuntimeError that torch raises for a full disk into an OSError."""
     try:
         yield
     except RuntimeError as error:
-        raise OSError(errno.ENOSPC, "the disk took no more") from error
+        raise OSError(errno.ENOSPC, "the disk is full") from error
 
 
 def alone(path: str) -> BinaryIO:
-    """An empty file at `path`, which no other process writes until it is closed; waits for one that does."""
+    """An empty file at `path` with an exclusive lock until it is closed; waits for a process that holds the lock."""
     while True:
         file = opened(path)
         fcntl.flock(file, fcntl.LOCK_EX)
-        # Meanwhile the one who had it may have renamed it, and it is no longer the file at `path`.
+        # The process that held the lock may have renamed the file, which then no longer is the one at `path`.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
                 file.truncate()
@@ -82,12 +86,12 @@ def alone(path: str) -> BinaryIO:
 
 
 def opened(path: str) -> BinaryIO:
-    """The file at `path` as it is, or a new one, to read and write."""
+    """The file at `path`, opened to read and write, and created if it is missing."""
     return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
 
 
 def save_sealed(path: str, content: dict[str, Any]) -> None:
-    """Writes plain values and tensors, and the SHA-256 of all bytes as the last line; InputError as `whole_file`."""
+    """Writes plain values and tensors, with the SHA-256 of all bytes as the last line; InputError as `whole_file`."""
     with whole_file(path) as file:
         with torch_writing():
             torch.save(content, file)
@@ -98,8 +102,8 @@ def save_sealed(path: str, content: dict[str, Any]) -> None:
 
 
 def load_sealed(path: str) -> tuple[dict[str, Any] | None, str]:
-    """What `save_sealed` wrote, and its digest; None in place of the content if a single bit is not as it was written,
-    or if `path` is no file."""
+    """Content and digest of what `save_sealed` wrote; the content is None if a single bit has changed or `path` is no
+    file."""
     if not os.path.isfile(path):
         return None, ""
     with open(path, "rb") as file:
@@ -121,7 +125,7 @@ def digest_of(file: BinaryIO, size: int) -> str:
 
 
 def seal_of(file: BinaryIO) -> str | None:
-    """The digest that the file's last line claims; None if it ends otherwise."""
+    """The digest in the file's last line; None if it has none."""
     if file.seek(0, os.SEEK_END) < SEAL_BYTES:
         return None
     file.seek(-SEAL_BYTES, os.SEEK_END)
@@ -130,7 +134,7 @@ def seal_of(file: BinaryIO) -> str | None:
 
 
 def sync_folder(folder: str) -> None:
-    """Makes a rename in `folder` last through a power cut."""
+    """Makes a rename in `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -139,7 +143,7 @@ def sync_folder(folder: str) -> None:
 
 
 def lock_folder(folder: str) -> BinaryIO:
-    """Locks `folder` until the returned file is closed, at the latest when the process ends, however it ends."""
+    """Locks `folder` until the returned file is closed or the process ends."""
     os.makedirs(folder, exist_ok=True)
     file = opened(os.path.join(folder, ".lock"))
     try:

@@ -1,5 +1,5 @@
-"""Fingerprints of what a task reads: if two checkpoints have the same one, the task's outputs are bit-identical on one
-machine, whatever else was trained in between."""
+"""Fingerprints of what a task reads. If a task has the same one in two checkpoints, its outputs are bit-identical on
+one machine, whatever was trained in between."""
 
 import hashlib
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from nextitnet import NextItNet
 
 
 def fingerprints(model: NextItNet, content: dict[str, Any]) -> dict[int, str]:
-    """The SHA-256 of all that each task in a checkpoint reads; `model` is the checkpoint's."""
+    """Task → SHA-256 of everything that it reads; `model` is the one that the checkpoint `content` holds."""
     shared, tasks = hashlib.sha256(), {}
     add(shared, shared_by_all(model, content))
     for task, record in content["tasks"].items():
@@ -26,7 +26,7 @@ def fingerprints(model: NextItNet, content: dict[str, Any]) -> dict[int, str]:
 
 
 def shared_by_all(model: NextItNet, content: dict[str, Any]) -> Iterable[Tensor]:
-    """What every task reads: the ids of the items, the shape of the network, embedding, positions and layer norms."""
+    """What all tasks read: item ids, architecture, item and position embeddings, layer norms."""
     yield content["items"]
     yield torch.tensor(list(repr(sorted(content["architecture"].items())).encode()), dtype=torch.uint8)
     for module in model.modules():
@@ -35,8 +35,8 @@ def shared_by_all(model: NextItNet, content: dict[str, Any]) -> Iterable[Tensor]
 
 
 def read_by(model: NextItNet, task: int, record: dict[str, Any]) -> Iterable[Tensor]:
-    """What this task reads besides: the ids of its targets, its head, the embedding's updates by tasks 2..k, and the
-    conv weights of tasks 1..k, as numbers and as places; what stands at the other places never reaches it."""
+    """What the task reads besides: target ids, its head, the updates of the embedding by tasks 2..k, and the conv
+    weights of tasks 1..k with their positions. It never reads masked weights."""
     yield record["targets"]
     yield from model.head(task).parameters()
     for earlier, update in model.updates.items():
@@ -49,7 +49,7 @@ def read_by(model: NextItNet, task: int, record: dict[str, Any]) -> Iterable[Ten
 
 
 def add(digest: Any, tensors: Iterable[Tensor]) -> None:
-    """Updates a hashlib digest with shapes and bits."""
+    """Updates a hashlib digest with the tensors' shapes and bits."""
     for tensor in tensors:
         digest.update(str(tuple(tensor.shape)).encode())
         digest.update(tensor.detach().cpu().reshape(-1).numpy())

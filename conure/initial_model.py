@@ -1,4 +1,4 @@
-"""The model that a stage starts to train, and what the head of a new task starts from."""
+"""The model at the start of a stage, and the initialisation of a new task's head."""
 
 from conure import checkpoint
 from conure.errors import InputError
@@ -14,15 +14,15 @@ from data_loader import TaskData
 from nextitnet import NextItNet
 from pruning import Stage
 
-EXAMPLES_TO_COMPARE = 2048  # of the training part
-TIED_UP_TO = 0.1  # share of recurring items: a tied head starts by predicting that the last item comes again
-HALVED = np.log(2)  # by how much the mean log rank must be better
+EXAMPLES_TO_COMPARE = 2048  # training examples that `inform` ranks
+TIED_UP_TO = 0.1  # share of recurring items; a tied head starts by predicting that the last item recurs
+HALVED = np.log(2)  # difference of mean log ranks that halves the geometric mean rank
 
 
 def initial_model(files: StageFiles, device: torch.device) -> tuple[NextItNet, bool]:
-    """The model as the stage before left it, with a new head in tp; a new one for the first stage.
+    """The model as the stage before left it, with a new head in tp; for the first stage a new model.
 
-    Returns the model, and whether its head starts from task 1's. InputError if no weight is left to train.
+    Returns it, and whether its head is initialised from task 1's rows. InputError if a layer has no free weight.
     """
     hp, data, (task, mode) = files.hp, files.data, files.stage
     if files.before is None:
@@ -49,36 +49,37 @@ def initial_model(files: StageFiles, device: torch.device) -> tuple[NextItNet, b
 
 
 def is_tied(tied: str, first: TaskData) -> bool:
-    """The hyperparameter, with `auto` decided by task 1's data."""
+    """The hyperparameter `tied`, where task 1's data decide what `auto` means."""
     return tied == "yes" or (tied == "auto" and recurring(first) <= TIED_UP_TO)
 
 
 def check_capacity(model: NextItNet, task: int, ratios: list[float]) -> None:
-    """Prints how many weights are free for the task, and how many it will keep; InputError if a layer has none.
+    """Prints how many weights are free and how many the task will keep; InputError if a layer has no free weight.
 
-    `ratios` are the prune ratios of tasks 1 to it.
+    `ratios` are the prune ratios of tasks 1..task.
     """
     free, kept = zip(*(pruning.budget(layer, ratios) for layer in pruning.owned_weights(model)))
     total = sum(layer.owner.numel() for layer in pruning.owned_weights(model))
     if not all(free):
         raise InputError(
-            f"no free weights are left for task {task}: {free.count(0)} of {len(free)} conv layers belong to tasks "
-            f"1 to {task - 1} entirely, and of {total:,} weights {sum(free):,} are free; begin again at task 1 in "
-            f"another --checkpoint_dir, with --prune_ratio {1 - 1 / task:.2f} or higher, which leaves room for {task} "
-            "tasks, or more channels"
+            f"no free weights are left for task {task} in {free.count(0)} of {len(free)} conv layers: start again at "
+            f"task 1 in another --checkpoint_dir, with --prune_ratio {1 - 1 / task:.2f} or more, or more --channels"
         )
     share = sum(free) / total
-    print(f"capacity: {sum(free):,} of {total:,} conv weights are free ({share:.2%}); it will keep {sum(kept):,}")
+    print(
+        f"capacity: {sum(free):,} of {total:,} conv weights are free ({share:.2%}); after pruning, task {task} keeps "
+        f"{sum(kept):,} of them"
+    )
 
 
 def items_of_targets(data: TaskData) -> Tensor:
-    """(targets,) int64: the id of the item that has a target's token, 0 if there is none."""
+    """(targets,) int64: the item id of each target's token, 0 if it is no item."""
     return torch.from_numpy(data.items.look_up(data.target_vocabulary.tokens)).long()
 
 
 @torch.no_grad()
 def anchor(model: NextItNet, data: TaskData, task: int) -> None:
-    """Has training hold the head near task 1's rows, and near 0 where a target is no item."""
+    """Sets what L2-SP pulls the head towards: task 1's rows, and zeros for targets that are no items."""
     rows = model.head(1).weight
     items = items_of_targets(data).to(rows.device)
     model.anchors[task] = torch.where(items[:, None] > 0, rows[items], 0.0)
@@ -86,11 +87,11 @@ def anchor(model: NextItNet, data: TaskData, task: int) -> None:
 
 @torch.no_grad()
 def inform(model: NextItNet, data: TaskData, stage: Stage, device: torch.device) -> bool:
-    """Starts the task's head as task 1's where a target's token is an item's, or else with a bias of log frequencies.
+    """Initialises the task's head from task 1's rows of its targets, or at random with a bias of log frequencies.
 
-    The first if the untrained head then ranks the training part's targets at half the (geometric) mean rank that the
-    same rows in another order give them. It does not where tasks use the same tokens for different things, and a start
-    from those would be worse than none. Prints what it did, and returns whether it was the first.
+    It compares the ranks of training targets by task 1's rows with those by the same rows shuffled. Task 1's rows must
+    halve the (geometric) mean rank; they do not if the two tasks use a token for different things. Prints the decision,
+    and returns whether the head has task 1's rows.
     """
     size = len(data.target_vocabulary)
     ids = items_of_targets(data).to(device)
@@ -101,14 +102,15 @@ def inform(model: NextItNet, data: TaskData, stage: Stage, device: torch.device)
     for order in (torch.randperm(len(known)).to(device), slice(None)):
         weight[known] = rows[order]
         log_ranks.append(np.log(ranker.rank(examples[:EXAMPLES_TO_COMPARE])[0]))
-    found = f"{len(known):,} of {size - 1:,} targets have the token of an item"
+    found = f"{len(known):,} of {size - 1:,} targets are items of task 1"
     if log_ranks[1].mean() <= log_ranks[0].mean() - HALVED:
-        print(f"head: {found}, and start as in task 1")
+        print(f"head: initialised from task 1's rows ({found})")
         return True
     model.add_head(stage.task, size, bias=True)
     head = model.head(stage.task).to(device)
     head.weight.copy_(random)
     frequency = np.bincount(data.targets[examples], minlength=size) + 1
     head.bias.copy_(torch.from_numpy(np.log(frequency / frequency.mean())))
-    print(f"head: {found}, whose rows there rank no better than shuffled ones; a bias starts at their log frequencies")
+    reason = f"{found}, but task 1's rows rank them no better than shuffled rows" if len(known) else found
+    print(f"head: random, bias from target frequencies ({reason})")
     return False

@@ -1,4 +1,4 @@
-"""What Ctrl-C does to training: it ends it, as if it had converged."""
+"""Ctrl-C during training: the first one ends it as if it had converged."""
 
 import signal
 
@@ -6,11 +6,11 @@ from tqdm import tqdm
 
 
 class StopRequest:
-    """Notes the first Ctrl-C instead of raising it, so that it cuts neither a step nor what follows in two; the second
-    one raises as usual."""
+    """Records the first Ctrl-C, so that the step and the evaluation after it finish; the second one raises
+    KeyboardInterrupt."""
 
     requested = False
-    before = None  # what Ctrl-C did before
+    before = None  # the previous signal handler
 
     def listen(self) -> None:
         self.before = signal.signal(signal.SIGINT, self.note)
@@ -21,8 +21,8 @@ class StopRequest:
 
     def announce(self, epoch: float) -> None:
         tqdm.write(
-            f"stopped by Ctrl-C after epoch {epoch:g}: the best state so far is kept as the stage's result (a second "
-            "Ctrl-C leaves the stage unfinished, to resume later)"
+            f"stopped by Ctrl-C after epoch {epoch:g}: the best weights so far become the stage's result (a second "
+            "Ctrl-C leaves the stage unfinished: run it again to resume)"
         )
 
     def end(self) -> None:

@@ -1,8 +1,8 @@
 """The lines of a data file, checked and split into tokens.
 
-One user a line: task 1 `item,item,…`; later tasks `item,item,…,,target,target`. A token is any text without a comma;
-white space around it, a byte-order mark, Windows line ends, a comma at the end of a line, empty lines and a missing
-last newline change nothing.
+One user a line: task 1 `item,item,…`; later tasks `item,item,…,,target,target`. A token is any text without a comma.
+Ignored are white space around tokens, a byte-order mark, Windows line ends, a comma at the end of a line, empty lines
+and a missing last newline.
 """
 
 import os
@@ -14,37 +14,37 @@ from conure.errors import InputError
 
 import numpy as np
 
-CHUNK_BYTES = 1 << 23  # that are read at once, which bounds the memory that text takes
+CHUNK_BYTES = 1 << 23  # read at once, which bounds the memory for text
 MAX_TOKEN_BYTES = 256  # longer ones are no ids
-MAX_LINE_TOKENS = 10_000  # all rows are padded to the longest, so one freak line would take all memory
+MAX_LINE_TOKENS = 10_000  # all rows are padded to the longest, so one freak line could take all memory
 MAX_LINE_BYTES = MAX_LINE_TOKENS * (MAX_TOKEN_BYTES + 1)
-MAX_NUMBER = 10**18  # from here on int64 ends, and a number is read as text
-SAMPLE = 1000  # first lines of a file, which tell whether it has a header or quotes
-WHITE = b" \t\r"  # is removed around tokens
+MAX_NUMBER = 10**18  # int64 may overflow from here on, so such numbers are read as text
+SAMPLE = 1000  # first lines of a file, which are checked for a header and quotes
+WHITE = b" \t\r"  # stripped from tokens
 CONTROL = bytes(set(range(32)).difference(WHITE + b"\n"))
 
 
 @dataclass
 class Lines:
-    """Some lines of a file, empty ones left out: their sequences, and if asked for, their targets, the second part.
+    """Some non-empty lines of a file in one or two parts: their sequences and, for later tasks, their targets.
 
-    The tokens come in file order, an object array of str, or where each is the decimal text of a number, int64.
+    Tokens are in file order: int64 if each is the decimal text of a number, otherwise an object array of str.
     """
 
-    numbers: np.ndarray  # (n,) int32: of the lines, from 1
-    tokens: list[np.ndarray]  # one array a part
-    counts: np.ndarray  # (parts, n) int64: tokens of each line
+    numbers: np.ndarray  # (n,) int32: line numbers, from 1
+    tokens: list[np.ndarray]  # one array per part
+    counts: np.ndarray  # (parts, n) int64: number of tokens in each line
 
 
 def missing(path: str) -> str:
-    """`PATH does not exist`, and for a relative path, where it was looked for."""
+    """`PATH does not exist`, for a relative path with the folder that was searched."""
     return f"{path} does not exist" + ("" if os.path.isabs(path) else f" in {os.getcwd()}")
 
 
 def read_lines(path: str, with_targets: bool, digest: Any = None) -> Iterator[Lines]:
-    """The file in chunks of whole lines; `digest`, if any, is updated with all its bytes.
+    """Yields the file in chunks of whole lines, and updates `digest`, if any, with all its bytes.
 
-    `with_targets`: whether each line must have `,,` and targets. InputError names file and line, and shows its text.
+    `with_targets`: whether each line must have `,,` and targets. InputError names file and line, and quotes the line.
     """
     begun = False
     for first, chunk in read_chunks(path, digest):
@@ -57,7 +57,7 @@ def read_lines(path: str, with_targets: bool, digest: Any = None) -> Iterator[Li
 
 
 def read_chunks(path: str, digest: Any) -> Iterator[tuple[int, bytes]]:
-    """Pieces of the file that end with a line, each with the number of its first line."""
+    """Yields pieces of whole lines, each with the number of its first line."""
     first = 1
     try:
         with open(path, "rb") as file:
@@ -78,7 +78,7 @@ def read_chunks(path: str, digest: Any) -> Iterator[tuple[int, bytes]]:
 
 
 def split_lines(path: str, first: int, chunk: bytes, with_targets: bool, is_start: bool) -> Lines | None:
-    """The lines of a piece of the file, the first of which is line `first`; None if all are empty."""
+    """The lines of a piece of the file that begins at line `first`; None if all are empty."""
     if b"\r" in chunk:
         chunk = chunk.replace(b"\r\n", b"\n")
     lines = chunk.split(b"\n")
@@ -86,7 +86,7 @@ def split_lines(path: str, first: int, chunk: bytes, with_targets: bool, is_star
     if is_start and lines:
         refuse_table(path, numbers, lines)
     parts = split_parts(lines, with_targets)
-    tokens = [numbers_in(part) for part in parts]  # which also tells that nothing is amiss with these lines
+    tokens = [numbers_in(part) for part in parts]  # None if a line is malformed, or has white space or text
     if any(part is None for part in tokens):
         for place, line in enumerate(lines):
             try:
@@ -106,7 +106,7 @@ def split_lines(path: str, first: int, chunk: bytes, with_targets: bool, is_star
 
 
 def split_parts(lines: list[bytes], with_targets: bool) -> list[list[bytes]]:
-    """The sequences alone, or the sequences and the targets, which stand behind the first `,,` of a line."""
+    """The sequences, and with `with_targets` also the targets, which follow the first `,,` of a line."""
     if not with_targets:
         return [lines]
     pairs = [line.partition(b",,") for line in lines]
@@ -114,9 +114,9 @@ def split_parts(lines: list[bytes], with_targets: bool) -> list[list[bytes]]:
 
 
 def numbers_in(texts: list[bytes]) -> np.ndarray | None:
-    """The numbers between commas (n,) int64; None unless each token of the texts is the decimal text of its number.
+    """The comma-separated numbers (n,) int64; None unless each token is the decimal text of its number.
 
-    So there is neither an empty token nor white space, and equal numbers are equal tokens.
+    This rules out empty tokens, white space and leading zeros, so equal numbers are equal tokens.
     """
     text = b",".join(texts)
     commas = np.frombuffer(text, dtype=np.uint8) == ord(",")
@@ -127,18 +127,18 @@ def numbers_in(texts: list[bytes]) -> np.ndarray | None:
     highest = int(numbers.max())
     digits = len(numbers) + sum(np.count_nonzero(numbers >= 10**n) for n in range(1, len(str(highest))))
     commas = len(numbers) - 1
-    # With a zero in front of any number, the text is longer than what the numbers take.
+    # A leading zero makes the text longer than the digits and commas of the numbers.
     return numbers if highest < MAX_NUMBER and digits + commas == len(text) else None
 
 
 def tokens_in(texts: list[bytes]) -> np.ndarray:
-    """The tokens between commas (n,): int64 as `numbers_in`, or else an object array of str."""
+    """The comma-separated tokens (n,): int64 by `numbers_in`, or otherwise an object array of str."""
     numbers = numbers_in(texts)
     return np.array(b",".join(texts).decode().split(","), dtype=object) if numbers is None else numbers
 
 
 def tidy(line: bytes, with_targets: bool) -> bytes:
-    """The line without white space around its tokens and a comma at its end; ValueError says what is wrong with it."""
+    """The line without white space around tokens and without a comma at its end; ValueError if it is malformed."""
     tokens = [token.strip(WHITE) for token in line.split(b",")]
     if tokens == [b""]:
         return b""
@@ -170,37 +170,37 @@ def tidy(line: bytes, with_targets: bool) -> bytes:
 
 
 def refuse_table(path: str, numbers: np.ndarray, lines: list[bytes]) -> None:
-    """InputError if the file's first lines have what tables have: quotes around tokens, or a line of names."""
+    """InputError if the file's first lines look like a table's: quotes around tokens, or a header."""
     lines = lines[:SAMPLE]
     quoted = [place for place, line in enumerate(lines) if is_quoted(words(line))]
     if 2 * len(quoted) > len(lines):
-        reason = "quotes around tokens, of which they would be a part; write the file without (csv.QUOTE_NONE)"
+        reason = "quotes around tokens would become part of them; write the file without quotes (csv.QUOTE_NONE)"
         raise refusal(path, numbers[quoted[0]], lines[quoted[0]], reason)
     header, *sequences = (words(line.partition(b",,")[0]) for line in lines)
     if sequences and header and not any(map(is_number, header)) and all(all(map(is_number, row)) for row in sequences):
-        reason = "names above lines of numbers, which would be read as a user; remove this line"
+        reason = "a header, which would be read as a user; remove this line"
         raise refusal(path, numbers[0], lines[0], reason)
 
 
 def words(text: bytes) -> list[bytes]:
-    """The tokens that are not empty."""
+    """The non-empty tokens."""
     return [token for field in text.split(b",") if (token := field.strip(WHITE))]
 
 
 def is_quoted(tokens: list[bytes]) -> bool:
-    """Whether quotes are around the whole line, or around most of its tokens that are no numbers."""
+    """Whether quotes enclose the whole line, or most of its tokens that are not numbers."""
     texts = [token for token in tokens if not is_number(token)]
     around = sum(len(token) > 1 and token[:1] == token[-1:] == b'"' for token in texts)
     return 2 * around > len(texts) or (len(tokens) > 1 and tokens[0][:1] == tokens[-1][-1:] == b'"')
 
 
 def is_number(token: bytes) -> bool:
-    """Whether it is a number or a date, as tables have them."""
+    """Whether it looks like a number or a date."""
     return token.translate(None, b".-").isdigit()
 
 
 def refusal(path: str, number: int, line: bytes, reason: str) -> InputError:
-    """What is wrong with a line: file, line number and its text, cut short."""
+    """The error for a line: file, line number, reason, and the start of its text."""
     shown = line.decode(errors="replace").strip()
     shown = shown if len(shown) <= 60 else shown[:60] + "…"
     return InputError(f"{path}, line {number}: {reason}: {shown!r}")

@@ -1,14 +1,14 @@
-"""How matrix products are taken: in which dtype, by which library, and the widest ones in pieces."""
+"""Matrix products: their dtype, the library that computes them, and wide ones in pieces."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CPU_COLUMNS = 8192  # of a wide product at once, so that the cache still holds them for what follows
+CPU_COLUMNS = 8192  # of a wide product computed at once, so that they are still in the cache when they are read
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
-    """In which matrix products with `x` are taken: that of autocast if it is on, else its own."""
+    """The dtype of matrix products with `x`: autocast's if it is on, otherwise that of `x`."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -16,7 +16,7 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x (N, C) @ weight.T (C, S) → (N, S), without gradients; both of one dtype, `weight` with any strides.
 
-    float32 on a CPU goes to oneDNN, which takes half the time of MKL behind torch.mm (docs/speed.md).
+    float32 on a CPU uses oneDNN, which takes half the time of torch.mm with MKL (docs/speed.md).
     """
     if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
@@ -24,7 +24,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def pieces(x: Tensor, size: int) -> list[slice]:
-    """The columns of a product (N, size) with `x`, in pieces that are taken one by one."""
+    """The columns of a product (N, size) with `x`, in slices to be computed one by one."""
     width = CPU_COLUMNS if x.device.type == "cpu" else size
     return [slice(start, min(start + width, size)) for start in range(0, size, width)]
 

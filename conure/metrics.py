@@ -1,4 +1,4 @@
-"""Metrics counted from ranks, and how well they are known."""
+"""Metrics of ranks, and their confidence intervals."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -8,8 +8,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-RESAMPLES = 2000  # of a bootstrap
-INTERVAL = (2.5, 97.5)  # percentiles
+RESAMPLES = 2000  # of the bootstrap
+INTERVAL = (2.5, 97.5)  # percentiles of the resampled means
 
 
 @dataclass(frozen=True)
@@ -18,20 +18,20 @@ class Protocol:
 
     metric: str = "ranking"  # one of METRICS
     top_k: int = 5
-    leave_out: str = "nothing"  # or "targets": of the training part; or "known": those and the row's items
-    all_positions: bool = False  # rank the next item at every position too
+    leave_out: str = "nothing"  # or "targets": the user's in training; or "known": these and the row's items
+    all_positions: bool = False  # also rank the next item at every position
 
 
 @dataclass
 class Ranks:
-    """Where the targets of N examples rank, from 1; and of M positions, if those are asked for."""
+    """The ranks, from 1, of the targets of N examples and, with `all_positions`, of the next items at M positions."""
 
-    users: np.ndarray  # (N,) the row of each example
+    users: np.ndarray  # (N,) row of each example
     targets: np.ndarray  # (N,)
-    ranks: np.ndarray  # (N,) without what is left out
-    raw: np.ndarray  # (N,) among all
-    position_users: np.ndarray  # (M,)
-    position_ranks: np.ndarray  # (M,) without what is left out
+    ranks: np.ndarray  # (N,) among the targets that are not left out
+    raw: np.ndarray  # (N,) among all targets
+    position_users: np.ndarray  # (M,) row of each position
+    position_ranks: np.ndarray  # (M,) as `ranks`
     log_probabilities: np.ndarray  # (N, classes); (N, 0) unless the metric is accuracy
 
     def __add__(self, other: "Ranks") -> "Ranks":
@@ -39,7 +39,7 @@ class Ranks:
         return Ranks(*(np.concatenate([getattr(self, name), getattr(other, name)]) for name in names))
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps: all but the log probabilities."""
+        """What a checkpoint stores: everything but the log probabilities."""
         names = [field.name for field in fields(self) if field.name != "log_probabilities"]
         return {name: torch.from_numpy(getattr(self, name).astype(np.int32)) for name in names}
 
@@ -62,30 +62,30 @@ def hit_rate(ranks: np.ndarray, k: int) -> float:
 
 
 def ndcg(ranks: np.ndarray, k: int) -> float:
-    """One relevant item per row, so the ideal gain is 1."""
+    """Each example has one relevant target, so the ideal DCG is 1."""
     return float(np.where(ranks <= k, 1 / np.log2(ranks + 1), 0.0).mean())
 
 
 def balanced_accuracy(targets: np.ndarray, ranks: np.ndarray, k: int) -> float:
-    """The mean over the classes that occur of the share of their rows that are right."""
+    """The recall at k of each class that occurs, averaged over classes."""
     return float(pd.Series(ranks <= k).groupby(targets).mean().mean())
 
 
 def auc(targets: np.ndarray, log_probabilities: np.ndarray) -> float:
-    """The area under the ROC curve of each class against the others, (N, classes), averaged over those that occur.
+    """One-versus-rest area under the ROC curve, averaged over the classes that occur.
 
-    Class id c has column c - 1. By ranks (Mann and Whitney); equal scores count a half.
+    `log_probabilities` (N, classes): class id c has column c - 1. By the Mann-Whitney U statistic; ties count a half.
     """
     ranks, areas = pd.DataFrame(log_probabilities).rank().to_numpy(), []
     for target in np.unique(targets):
         own = ranks[targets == target, target - 1]
-        above = own.sum() - len(own) * (len(own) + 1) / 2  # pairs in which the class's own row has the higher score
+        above = own.sum() - len(own) * (len(own) + 1) / 2  # pairs in which the class's row scores higher
         areas.append(above / (len(own) * (len(ranks) - len(own))))
     return float(np.mean(areas))
 
 
 def ranking_scores(ranks: Ranks, k: int) -> dict[str, float]:
-    """MRR, HR and NDCG at k, first that of all positions if they were ranked; `_raw`: nothing is left out."""
+    """MRR, HR and NDCG at k, preceded by the MRR at all positions if they were ranked; `_raw`: nothing left out."""
     scores = {f"mrr@{k}_all": mean_reciprocal_rank(ranks.position_ranks, k)} if len(ranks.position_ranks) else {}
     scores |= {f"mrr@{k}": mean_reciprocal_rank(ranks.ranks, k)}
     scores |= {f"hr@{k}": hit_rate(ranks.ranks, k), f"ndcg@{k}": ndcg(ranks.ranks, k)}
@@ -93,7 +93,7 @@ def ranking_scores(ranks: Ranks, k: int) -> dict[str, float]:
 
 
 def accuracy_scores(ranks: Ranks, k: int) -> dict[str, float]:
-    """The share of rows whose class is among the k best, of all and averaged over classes; the AUC, if two occur."""
+    """Top-k accuracy, balanced accuracy and, if two classes occur, AUC."""
     suffix = "" if k == 1 else f"@{k}"
     scores = {f"accuracy{suffix}": hit_rate(ranks.ranks, k)}
     scores |= {f"balanced_accuracy{suffix}": balanced_accuracy(ranks.targets, ranks.ranks, k)}
@@ -102,17 +102,17 @@ def accuracy_scores(ranks: Ranks, k: int) -> dict[str, float]:
     return scores
 
 
-# What a task reports; the first score of each selects the best state on validation.
+# Metric → the scores of a task. Training keeps the weights with the best first score on validation.
 METRICS = {"ranking": ranking_scores, "accuracy": accuracy_scores}
 
 
 def score(ranks: Ranks, protocol: Protocol) -> dict[str, float]:
-    """The task's metrics, and the number of examples, `n`."""
+    """The task's scores, and the number of examples, `n`."""
     return {**METRICS[protocol.metric](ranks, protocol.top_k), "n": len(ranks.ranks)}
 
 
 def first_values(ranks: Ranks, protocol: Protocol) -> tuple[np.ndarray, np.ndarray]:
-    """What the task's first score is the mean of, (N,), and the user of each, (N,)."""
+    """The values (N,) whose mean is the task's first score, and the user of each (N,)."""
     if protocol.metric == "accuracy":
         return (ranks.ranks <= protocol.top_k).astype(float), ranks.users
     if len(ranks.position_ranks):
@@ -121,9 +121,9 @@ def first_values(ranks: Ranks, protocol: Protocol) -> tuple[np.ndarray, np.ndarr
 
 
 def resampled_means(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(RESAMPLES,) means of a score by bootstrap over users, and over runs: users come with all that they have.
+    """(RESAMPLES,) means by a bootstrap that resamples users, each with all of their values, and runs.
 
-    `sums`, `counts` (runs, users): of each user's scores in each run, and how many they are.
+    `sums`, `counts` (runs, users): the sum and the number of each user's values in each run.
     """
     random, (runs, users), means = np.random.default_rng(10), sums.shape, []
     for _ in range(RESAMPLES):
@@ -134,7 +134,7 @@ def resampled_means(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def interval(runs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
-    """The 95 % interval of a mean over one or several runs, each with values (N,) and the user of each (N,)."""
+    """The 95 % bootstrap interval of a mean over runs, each given by values (N,) and the user of each (N,)."""
     users, user = np.unique(np.concatenate([users for _, users in runs]), return_inverse=True)
     parts = np.split(user, np.cumsum([len(values) for values, _ in runs])[:-1])
     sums = [np.bincount(part, values, len(users)) for part, (values, _) in zip(parts, runs)]

@@ -1,6 +1,6 @@
-"""One process, or several that torchrun started: who computes what, who writes, and how they add up.
+"""One process, or several that torchrun started: shards of a batch, sums of gradients, and the process that writes.
 
-Every process reads the same data and draws the same batches and negatives; each computes its share of every batch.
+Every process reads the same data and draws the same batches and negatives. Each computes its shard of every batch.
 """
 
 import contextlib
@@ -14,17 +14,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-TABLE = 1 << 20  # elements; larger gradients are summed by rows, smaller ones together in one buffer
+TABLE = 1 << 20  # elements; larger gradients are summed by rows, smaller ones in one buffer
 
 
 class Shard(NamedTuple):
-    """Which part of a batch a process computes: number 0, 1, … of `count` contiguous parts of nearly equal size."""
+    """The part of a batch that a process computes: number 0, 1, … of `count` contiguous parts of nearly equal size."""
 
     number: int = 0
     count: int = 1
 
     def of(self, batch: Tensor) -> Tensor:
-        """The part; empty in the last processes if there are fewer examples than processes, never in the first."""
+        """The part. With fewer examples than processes it is empty in the last ones, but never in the first."""
         return batch.tensor_split(self.count)[self.number]
 
 
@@ -33,13 +33,13 @@ def own_shard() -> Shard:
 
 
 def is_main() -> bool:
-    """Whether this process is the one that prints and writes."""
+    """Whether this process is the one that prints and writes files."""
     return own_shard().number == 0
 
 
 @contextlib.contextmanager
 def group(device: str) -> Iterator[None]:
-    """Joins the processes that torchrun started, until the block ends; `device` is the hyperparameter."""
+    """Joins torchrun's process group until the block ends; `device` is the hyperparameter."""
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         wanted, found = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
@@ -52,26 +52,26 @@ def group(device: str) -> Iterator[None]:
             if not is_main():
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
             yield
-        wait()  # as none may leave while others still talk
+        wait()  # no process may leave while others still communicate
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise InputError("another process has ended, and this one with it: the other's own line says why") from None
+            raise InputError("another process failed, which ends this one too: see its error line") from None
         raise
     finally:
         dist.destroy_process_group()
 
 
 def total(tensor: Tensor) -> Tensor:
-    """The sum of all processes' tensors, in each of them; changes `tensor`."""
+    """Sums `tensor` over all processes in place (all-reduce), and returns it."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Sums each parameter's gradient over all processes, in each of them; a missing gradient counts as zeros.
+    """Sums each parameter's gradient over all processes (all-reduce); a missing gradient counts as zeros.
 
-    All processes must give the same parameters in the same order.
+    All processes must pass the same parameters in the same order.
     """
     if own_shard().count == 1:
         return
@@ -90,10 +90,10 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def sum_rows(gradient: Tensor) -> None:
-    """Sums a gradient in place: only the rows that some process touched, or all if those are more than half."""
+    """Sums a gradient in place: the rows that any process touched, or all rows if those are more than half."""
     flat = gradient.reshape(len(gradient), -1)
     touched = ((flat.amax(dim=1) != 0) | (flat.amin(dim=1) != 0)).byte()  # any() takes three times as long on a CPU
-    dist.all_reduce(touched, dist.ReduceOp.MAX)  # from here on all processes decide alike
+    dist.all_reduce(touched, dist.ReduceOp.MAX)  # so that all processes take the same branch
     rows = touched.nonzero().squeeze(1)
     if len(rows) > len(gradient) / 2:
         total(gradient)
@@ -102,6 +102,6 @@ def sum_rows(gradient: Tensor) -> None:
 
 
 def wait() -> None:
-    """Goes on when all processes have come here."""
+    """Waits until all processes have called it."""
     if dist.is_initialized():
         dist.barrier()

@@ -1,4 +1,4 @@
-"""Exact ranks of targets among all items or classes, and among those that a user is not known to have chosen."""
+"""Exact ranks of targets among all items or classes, or among those that the user is not known to have chosen."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -17,40 +17,40 @@ from data_loader import TaskData, pad_left
 from nextitnet import NextItNet
 from pruning import Stage
 
-EVALUATION_BATCH = 256  # one size for all, because a matrix product's last bits may depend on the shape
-COMPARED_AT_ONCE = 8192  # scores of a row, which a CPU's cache then still holds when they are counted
-SCORES_AT_ONCE = 1 << 26  # 256 MB, whatever the number of items
-MAX_POSITIONS = 1 << 14  # of a split, that are ranked besides the last ones; or as many as those, if they are more
-MAX_CLASSES = 1000  # of which probabilities are kept, for the AUC
-RARELY = 0.01  # `recurring` up to which `auto` leaves out a row's items, whose return would then not be counted
+EVALUATION_BATCH = 256  # fixed, because a matrix product's last bits may depend on its shape
+COMPARED_AT_ONCE = 8192  # scores of a row, few enough to stay in a CPU's cache
+SCORES_AT_ONCE = 1 << 26  # 256 MB for any number of items
+MAX_POSITIONS = 1 << 14  # ranked in a split; or as many as it has examples, if those are more
+MAX_CLASSES = 1000  # up to which probabilities are kept, for the AUC
+RARELY = 0.01  # share of recurring targets up to which `auto` leaves out a row's items
 
 
 def left_out(hp: Any, data: TaskData) -> str:
-    """The hyperparameter `leave_out`, with `auto` decided by the data; nothing where a task has none."""
+    """The hyperparameter `leave_out`, where the data decide what `auto` means; "nothing" for a task without it."""
     if getattr(hp, "leave_out", "nothing") != "auto":
         return getattr(hp, "leave_out", "nothing")
     if recurring(data) <= RARELY:
         return "known"
-    return "nothing" if data.target_vocabulary is data.items else "targets"  # a row of task 1 has no other target
+    return "nothing" if data.target_vocabulary is data.items else "targets"  # task 1 has one target a row
 
 
 def protocol_of(hp: Any, metric: str, data: TaskData) -> Protocol:
-    """How a task with these hyperparameters is evaluated."""
+    """How a task with these hyperparameters is scored."""
     return Protocol(metric, hp.top_k, left_out(hp, data), getattr(hp, "all_positions", False))
 
 
 def as_targets(data: TaskData) -> Callable[[np.ndarray], np.ndarray]:
-    """What gives the targets that have the tokens of items, 0 where there is none; ids of any shape, int32."""
+    """A function from item ids, of any shape, to the ids int32 of the targets with the same tokens, 0 for none."""
     if data.target_vocabulary is data.items:
         return lambda items: items
     targets = data.target_vocabulary.look_up(data.items.tokens)
     if data.padding_id >= 0:
-        targets[data.padding_id] = 0  # the target `0` is something else
+        targets[data.padding_id] = 0  # a target `0` is not padding
     return targets.__getitem__
 
 
 def recurring(data: TaskData) -> float:
-    """How often users choose an item again: the share of training targets that are among their row's items."""
+    """The share of recurring targets: training targets that are among their row's items."""
     train, to_targets = data.splits["train"], as_targets(data)
     parts = np.array_split(train, len(train) * data.rows.shape[1] // SCORES_AT_ONCE + 1)
     again = ((to_targets(data.rows[data.users[part]]) == data.targets[part, None]).any(axis=1).sum() for part in parts)
@@ -58,7 +58,7 @@ def recurring(data: TaskData) -> float:
 
 
 class Known:
-    """The targets that users are known to have chosen, by row."""
+    """The targets that the user of each row is known to have chosen."""
 
     def __init__(self, data: TaskData, leave_out: str):
         self.data = data
@@ -69,7 +69,7 @@ class Known:
         self.first = np.searchsorted(data.users[by_row], np.arange(len(data.rows) + 1))  # of each row in `targets`
 
     def of_rows(self, rows: np.ndarray) -> np.ndarray:
-        """(R, M) ids, each once and 0 elsewhere; where items are left out they come first, at their own places."""
+        """(R, M) distinct target ids, filled up with 0. With "known" the row's items come first, in their positions."""
         begin, end = self.first[rows], self.first[rows + 1]
         counts = end - begin
         places = np.repeat(begin - np.concatenate([[0], counts[:-1].cumsum()]), counts) + np.arange(counts.sum())
@@ -80,7 +80,7 @@ class Known:
 
 
 def without_repeats(ids: np.ndarray) -> np.ndarray:
-    """(R, M) → the same, with 0 in place of all but the first of equal ids in a row."""
+    """(R, M) → the same, with 0 for every id that already occurred in its row."""
     order = np.argsort(ids, axis=1, kind="stable")
     ordered = np.take_along_axis(ids, order, axis=1)
     ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]] = 0
@@ -90,42 +90,39 @@ def without_repeats(ids: np.ndarray) -> np.ndarray:
 
 
 def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
-    """Ranks (B,), from 1, of `targets` (B,) by `scores` (B, n): every other score that is not lower ranks before it.
-
-    So ties and NaN count against the model.
-    """
+    """Ranks (B,), from 1, of `targets` (B,) by `scores` (B, n). Ties and NaN count against the model."""
     own = scores.gather(1, targets[:, None])
     lower = sum((part < own).sum(dim=1, dtype=torch.int32) for part in scores.split(COMPARED_AT_ONCE, dim=1))
     return scores.shape[1] - lower.long()
 
 
 def known_before(scores: Tensor, targets: Tensor, known: Tensor) -> Tensor:
-    """How many of `known` (B, M) rank before their target, which is not one of them, nor is id 0; (B,)."""
+    """How many of `known` (B, M) rank before the target, (B,); id 0 and the target itself do not count."""
     before = ~(scores.gather(1, known) < scores.gather(1, targets[:, None]))
     return (before & (known > 0) & (known != targets[:, None])).sum(dim=1)
 
 
 class Scorer(ABC):
-    """What scores the targets of a task."""
+    """Scores all targets of a task for rows of its data."""
 
     device: torch.device
     size: int  # of the targets, <UNK> included
 
     @abstractmethod
     def last_states(self, rows: np.ndarray) -> Tensor:
-        """(R, C): what `scores` takes for each row as a whole."""
+        """(R, C): the state of each whole row, as `scores` takes it."""
 
     @abstractmethod
     def states(self, rows: np.ndarray) -> Tensor:
-        """(R, T, C): likewise for each position, where a row is seen up to there."""
+        """(R, T, C): the state at each position, which depends on the row up to there."""
 
     @abstractmethod
     def scores(self, states: Tensor) -> Tensor:
-        """(B, size) of states (B, C), of which there are few at once; the next call may overwrite them."""
+        """(B, size) from states (B, C), with B at most `at_once`; the next call may overwrite the result."""
 
 
 class ModelScorer(Scorer):
-    """The model, as a stage reads it. InputError if it has diverged."""
+    """Scores by the model, with the weights that a stage reads. InputError if the model has diverged."""
 
     def __init__(self, model: NextItNet, data: TaskData, stage: Stage, device: torch.device):
         model.eval()
@@ -145,7 +142,7 @@ class ModelScorer(Scorer):
 
     def scores(self, states: Tensor) -> Tensor:
         if not states.isfinite().all():
-            raise InputError("the model's states are not finite: train it again with a lower --learning_rate")
+            raise InputError("the model's hidden states are not finite: train it again with a lower --learning_rate")
         scores = self.buffer[: len(states)]
         wide_linear(states, self.head.weight, self.head.bias, out=scores)
         return scores
@@ -175,12 +172,12 @@ class Popularity(Scorer):
 
 
 def at_once(size: int) -> int:
-    """How many rows of scores are made at once."""
+    """How many rows of scores are computed at once."""
     return min(EVALUATION_BATCH, max(1, SCORES_AT_ONCE // size))
 
 
 class Ranker:
-    """Ranks a task's targets; of several processes each its share."""
+    """Ranks a task's targets; each of several processes ranks its share."""
 
     def __init__(self, scorer: Scorer, data: TaskData, leave_out: str = "nothing"):
         self.scorer, self.data, self.known = scorer, data, Known(data, leave_out)
@@ -188,14 +185,14 @@ class Ranker:
 
     def scores(self, states: Tensor) -> Tensor:
         scores = self.scorer.scores(states)
-        scores[:, 0] = -torch.inf  # <UNK> is no item and no class, and nobody's target
+        scores[:, 0] = -torch.inf  # <UNK> is no candidate
         return scores
 
     def to_device(self, ids: np.ndarray) -> Tensor:
         return torch.from_numpy(ids).long().to(self.scorer.device)
 
     def batches(self, rows: np.ndarray) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-        """This process's batches of `rows`: where they stand there, those rows, and what is known of them."""
+        """This process's batches: their slice of `rows`, the rows in it, and the known targets of each."""
         shard = processes.own_shard()
         for start in range(shard.number * EVALUATION_BATCH, len(rows), shard.count * EVALUATION_BATCH):
             part = slice(start, min(start + EVALUATION_BATCH, len(rows)))
@@ -203,10 +200,10 @@ class Ranker:
 
     @torch.no_grad()
     def rank(self, examples: np.ndarray, probabilities: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ranks of the examples' targets, (N,) each: without what is left out, and among all; and, if they are asked
-        for, the log probabilities of all targets but `<UNK>`, (N, size - 1).
+        """Ranks (N,) of the examples' targets without what is left out, ranks (N,) among all targets, and with
+        `probabilities` the log probabilities (N, size - 1) of all targets but `<UNK>`.
 
-        A row is encoded once, however many of the examples are of it.
+        Each row is encoded once, however many examples it has.
         """
         rows, row_of = np.unique(self.data.users[examples], return_inverse=True)
         by_row = np.argsort(row_of, kind="stable")
@@ -227,8 +224,10 @@ class Ranker:
 
     @torch.no_grad()
     def rank_positions(self, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Task 1: row (M,) and rank (M,) of the next item at all positions of the examples' rows, without what is left
-        out of what came before it; padding does not count. The first rows of the examples, if there are too many.
+        """Task 1: rows (M,) and ranks (M,) of the next item at all positions of the examples' rows but padding.
+
+        What is left out at a position is limited to the items before it. If there are too many positions, only the
+        first rows are ranked.
         """
         rows = self.data.users[examples]
         labels = np.column_stack([self.data.rows[rows][:, 1:], self.data.targets[examples]])
@@ -252,7 +251,7 @@ class Ranker:
 
 
 def rank_by(scorer: Scorer, data: TaskData, examples: np.ndarray, protocol: Protocol) -> Ranks:
-    """Ranks of the targets of `examples`, in their order."""
+    """Ranks of the targets of `examples`, in their order, by a scorer."""
     ranker = Ranker(scorer, data, protocol.leave_out)
     ranks, raw, logs = ranker.rank(examples, protocol.metric == "accuracy" and scorer.size <= MAX_CLASSES)
     positions = ranker.rank_positions(examples if protocol.all_positions else examples[:0])
@@ -262,13 +261,13 @@ def rank_by(scorer: Scorer, data: TaskData, examples: np.ndarray, protocol: Prot
 def rank(
     model: NextItNet, data: TaskData, examples: np.ndarray, stage: Stage, device: torch.device, protocol: Protocol
 ) -> Ranks:
-    """The same by a model. InputError if it has diverged."""
+    """Ranks of the targets of `examples`, in their order, by a model. InputError if it has diverged."""
     return rank_by(ModelScorer(model, data, stage, device), data, examples, protocol)
 
 
 def rank_held_out(
     model: NextItNet, data: TaskData, stage: Stage, device: torch.device, protocol: Protocol
 ) -> dict[str, Ranks]:
-    """Of validation, of test, and of both together, heldout, which is the original's test part."""
+    """Ranks of validation, of test, and of both together: heldout, which is the original's test part."""
     ranks = {split: rank(model, data, data.splits[split], stage, device, protocol) for split in ("validation", "test")}
     return ranks | {"heldout": ranks["validation"] + ranks["test"]}

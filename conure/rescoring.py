@@ -1,4 +1,4 @@
-"""Scores a task again, with its data, from what a checkpoint records of it."""
+"""Scores a task again, from its data file and what a checkpoint recorded."""
 
 import os
 from typing import Any
@@ -14,16 +14,16 @@ from nextitnet import NextItNet
 
 
 def load_data(task: int, content: dict[str, Any], data_dir: str) -> data_loader.TaskData:
-    """The examples that a task was learned from; InputError if the file is not there or has changed.
+    """The examples that a task was learned from; InputError if the file is missing or has changed.
 
-    It is looked for in `data_dir`, or if that is empty where `checkpoint.load` found it.
+    The file is expected in `data_dir`, or if that is empty, where `checkpoint.load` found it.
     """
     record, items = content["tasks"][task], data_loader.Vocabulary.from_tensor(content["items"])
     path = os.path.join(data_dir, os.path.basename(record["data_path"])) if data_dir else record["data_path"]
     if not os.path.exists(path):
         raise InputError(f"{path}, the data of task {task}, does not exist: name its folder with --data_dir")
     if record["data_left_behind"] and not data_dir:
-        print(f"the data of task {task} did not come along with the checkpoint: reading {path}")
+        print(f"the data of task {task} was not copied with the checkpoint: reading {path}")
     split = data_loader.Split(**record["split"])
     if task == 1:
         data = data_loader.load_sequences(path, split, items)
@@ -31,14 +31,17 @@ def load_data(task: int, content: dict[str, Any], data_dir: str) -> data_loader.
         targets = data_loader.Vocabulary.from_tensor(record["targets"])
         data = data_loader.load_examples(path, split, items, targets)
     if data.digest != record["data_digest"]:
-        raise InputError(f"{path} is not the file that task {task} was learned from, or has changed since")
+        raise InputError(
+            f"{path} is not the file that task {task} was learned from, or has changed: name the folder of the right "
+            "one with --data_dir"
+        )
     return data
 
 
 def rank(
     task: int, content: dict[str, Any], model: NextItNet, data_dir: str, device: torch.device, split: str = "test"
 ) -> Ranks:
-    """The ranks of a held-out split by the checkpoint's model, which goes to the device."""
+    """The ranks of a held-out split by the checkpoint's model, which moves to `device`."""
     record, data = content["tasks"][task], load_data(task, content, data_dir)
     stage, protocol = checkpoint.stage_of_state(task, record["state"]), Protocol(**record["protocol"])
     if split == "heldout":
@@ -49,6 +52,6 @@ def rank(
 def score(
     task: int, content: dict[str, Any], model: NextItNet, data_dir: str, device: torch.device, split: str = "test"
 ) -> dict[str, float]:
-    """The metrics of the same."""
+    """The scores of a held-out split, as `rank` ranks it."""
     ranks = rank(task, content, model, data_dir, device, split)
     return metrics.score(ranks, Protocol(**content["tasks"][task]["protocol"]))

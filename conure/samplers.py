@@ -1,4 +1,4 @@
-"""Negative samples: what a positive is compared with."""
+"""Negative samplers: log-uniform for the sampled softmax of task 1, by probabilities for the pairwise losses."""
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 class LogUniformSampler:
     """Negatives for the sampled softmax: distinct ids, id i drawn with probability ~ log((i + 2) / (i + 1)).
 
-    TensorFlow's default candidate sampler, which takes small ids for frequent items.
+    TensorFlow's default candidate sampler, which assumes that smaller ids are more frequent.
     """
 
     def __init__(self, items: int, negative_fraction: float):
@@ -18,10 +18,10 @@ class LogUniformSampler:
         self.log_miss = torch.log1p(-torch.log1p(1 / (ids + 1)) / np.log(items + 1))  # log(1 - p)
         self.batch = self.count
         if self.count < items:
-            self.batch = self.draw(torch.Generator().manual_seed(0))[1] * 51 // 50  # what a trial takes, and 2 % more
+            self.batch = self.draw(torch.Generator().manual_seed(0))[1] * 51 // 50  # what a trial takes, plus 2 %
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, int]:
-        """`count` distinct ids (S,), in order of drawing, and the number of draws that it took to find them."""
+        """`count` distinct ids (S,), in the order of the draws, and the number of draws that it took."""
         drawn = torch.empty(0, dtype=torch.int64)
         while True:
             uniform = torch.rand(max(self.batch, len(drawn)), generator=generator, dtype=torch.float64)
@@ -33,7 +33,7 @@ class LogUniformSampler:
                 return drawn[found], int(found[-1]) + 1
 
     def expected_count(self, ids: Tensor, draws: int) -> Tensor:
-        """How often an id is expected in the sample, float32, of the shape of `ids`; as TensorFlow's range sampler.
+        """The expected count of each id in the sample, float32, as in TensorFlow's range sampler; the shape of `ids`.
 
         p * draws if no draw was a repeat, else the probability that the id is among the distinct ones.
         """
@@ -43,15 +43,15 @@ class LogUniformSampler:
 
 
 def first_places(ids: np.ndarray, size: int) -> np.ndarray:
-    """The places in `ids`, all below `size`, where an id stands for the first time."""
+    """The positions of first occurrences in `ids`, whose values are below `size`."""
     places = np.arange(len(ids), dtype=np.int32)
-    first = np.empty(size, dtype=np.int32)  # read only where it is written
-    first[ids[::-1]] = places[::-1]  # of equal ids the last one written stays, which is the first
+    first = np.empty(size, dtype=np.int32)  # uninitialised: read only where it was written
+    first[ids[::-1]] = places[::-1]  # of equal ids the last write stays, which is the first occurrence
     return np.flatnonzero(first[ids] == places)
 
 
 class TargetSampler:
-    """One negative for each positive target, drawn from the probabilities of all others."""
+    """Draws one negative for each positive target, from the probabilities of all other targets."""
 
     def __init__(self, probabilities: np.ndarray):
         """`probabilities` (targets - 1,): entry i belongs to target id i + 1; `<UNK>` is never drawn."""
@@ -63,12 +63,12 @@ class TargetSampler:
         after = self.cumulative[positive]
         before = torch.where(positive > 0, self.cumulative[positive - 1], 0.0)
         point = torch.rand(len(targets), generator=generator, dtype=torch.float64) * (1 - (after - before))
-        point = torch.where(point < before, point, point + (after - before))  # jumps over the positive's own interval
+        point = torch.where(point < before, point, point + (after - before))  # skips the positive's own interval
         return torch.searchsorted(self.cumulative, point, right=True).clamp(max=len(self.cumulative) - 1) + 1
 
 
 def static_probabilities(targets: np.ndarray, size: int, rho: float) -> np.ndarray:
-    """LambdaFM's static sampler: p ~ exp(-(rank + 1) / (size * rho)), rank by falling frequency from 0.
+    """LambdaFM's static sampler: p ~ exp(-(rank + 1) / (size * rho)), where rank 0 is the most frequent target.
 
     `targets` are all examples' target ids, held-out ones included as in the original; `size` counts `<UNK>`. Returns
     (size - 1,), entry i for id i + 1; of equally frequent targets the smaller id ranks first.
@@ -76,7 +76,7 @@ def static_probabilities(targets: np.ndarray, size: int, rho: float) -> np.ndarr
     frequency = np.bincount(targets, minlength=size)[1:]
     rank = np.empty(size - 1)
     rank[np.argsort(-frequency, kind="stable")] = np.arange(size - 1)
-    weight = np.exp(-rank / (size * rho))  # the + 1 of the formula cancels out, and could make all of them 0
+    weight = np.exp(-rank / (size * rho))  # the + 1 cancels out, and could make all weights underflow to 0
     return weight / weight.sum()
 
 

@@ -1,6 +1,6 @@
-"""The snapshot of a stage: the file from which an interrupted run resumes, bit for bit on the CPU.
+"""The snapshot of a stage: the file from which an interrupted run resumes. On a CPU the result is bit-identical.
 
-It holds no state of a random number generator, as all random numbers follow from the seed and the step.
+A snapshot needs no state of a random number generator: all random numbers follow from the seed and the step.
 """
 
 import math
@@ -19,23 +19,23 @@ from torch import nn
 
 @dataclass
 class TrainingState:
-    """All that training changes, and so all that a snapshot has to hold."""
+    """Everything that training changes, which is what a snapshot stores."""
 
     trained: list[nn.Parameter]
     optimiser: torch.optim.Optimizer
-    rows: list[dict[str, Any]]  # that the stage has in results.csv
+    rows: list[dict[str, Any]]  # the stage's rows of results.csv
     step: int = 0
     epoch: float = 0.0
-    seconds: float = 0.0  # of training; evaluation is not counted
+    seconds: float = 0.0  # of training, without evaluation
     best_score: float = -math.inf  # on validation
     best_epoch: float = 0.0
     best_weights: list[torch.Tensor] = field(default_factory=list)
-    mean_weights: list[torch.Tensor] = field(default_factory=list)  # over the last steps; empty: not averaged yet
+    mean_weights: list[torch.Tensor] = field(default_factory=list)  # over the last steps; empty until averaging starts
     averaged_steps: int = 0
 
     @torch.no_grad()
     def average(self) -> None:
-        """Adds the present weights to the mean, where those that never change stay as they are (-0.0 as 0.0)."""
+        """Updates the mean with the current weights; a weight that never changes keeps its value (-0.0 becomes 0.0)."""
         weights = [parameter.detach() for parameter in self.trained]
         self.mean_weights = self.mean_weights or [weight.clone() for weight in weights]
         self.averaged_steps += 1
@@ -43,7 +43,7 @@ class TrainingState:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Has the mean weights in the place of the present ones, if there are any."""
+        """Swaps in the mean weights, if there are any, until the block ends."""
         present = [parameter.detach().clone() for parameter in self.trained] if self.mean_weights else []
         self.set_weights(self.mean_weights)
         try:
@@ -57,7 +57,7 @@ class TrainingState:
             parameter.copy_(weight)
 
     def keep_if_best(self, score: float) -> None:
-        """Remembers the present weights if none before scored as well: of equal ones the first are best."""
+        """Keeps a copy of the current weights if they score higher than all before."""
         if score > self.best_score:
             self.best_score, self.best_epoch = score, self.epoch
             self.best_weights = [parameter.detach().clone() for parameter in self.trained]
@@ -82,10 +82,10 @@ class TrainingState:
 
 
 class Snapshot:
-    """The file beside a stage's checkpoint; read and written by runs of the same identity only."""
+    """The snapshot beside a stage's checkpoint; only runs of the same identity share it."""
 
     def __init__(self, path: str, identity: dict[str, str], overwrite: bool):
-        """`overwrite`: whether the run is to start the stage over."""
+        """`overwrite`: whether the run starts the stage over."""
         self.path, self.identity, self.overwrite = path, identity, overwrite
 
     def write(self, state: TrainingState, device: torch.device) -> None:
@@ -94,9 +94,9 @@ class Snapshot:
             checkpoint.save(self.path, content | {"state": state.state_dict()})
 
     def resume(self, state: TrainingState, device: torch.device) -> bool:
-        """Sets `state` and `identity` to what the file holds; False if there is none, or if the stage starts over.
+        """Restores `state` and `identity` from the file; False if there is none, or if the stage starts over.
 
-        InputError if the file is damaged, or was made with other settings, data or another model.
+        InputError if the file is damaged, or was made with other settings, other data or another model.
         """
         content = self.read()
         if content is None:
@@ -125,7 +125,7 @@ class Snapshot:
             if not self.overwrite:
                 raise
             return None
-        # A run that starts over resumes only from a snapshot of its own kind.
+        # A run with --overwrite resumes only from a snapshot that was written with --overwrite.
         return content if content["overwrite"] or not self.overwrite else None
 
     def remove(self) -> None:

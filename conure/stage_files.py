@@ -1,4 +1,4 @@
-"""What a stage reads and writes in its checkpoint folder, and its place in the chain."""
+"""The files that a stage reads and writes in its checkpoint folder, and its place in the chain."""
 
 import os
 import shlex
@@ -20,18 +20,18 @@ from data_loader import TaskData
 from nextitnet import NextItNet
 from pruning import Stage
 
-# What may differ between a run and one that resumes it: of files, digests tell whether they are the same, and the
-# others do not change what is learned.
+# Settings that may differ between a run and the one that resumes it. Files are compared by digest; the other settings
+# do not change what is learned.
 NOT_IDENTITY = {"data_path", "index_path", "checkpoint_dir", "device", "snapshot_minutes", "overwrite"}
 
 
 class StageFiles:
-    """The files of one stage in a checkpoint folder, which stays locked until `close`."""
+    """The files of one stage in a checkpoint folder, which is locked until `close`."""
 
     network = NextItNet  # the class of the model
 
     def __init__(self, hp: Any, stage: Stage, data: TaskData):
-        """Raises InputError if the stage before is missing or does not fit, NothingToDo if this one is finished."""
+        """Raises InputError if the stage before is missing or does not fit, NothingToDo if this stage is finished."""
         self.hp, self.stage, self.data = hp, stage, data
         self.path = checkpoint.path_of(hp.checkpoint_dir, stage)
         self.lock = lock_folder(hp.checkpoint_dir) if processes.is_main() else None
@@ -54,7 +54,7 @@ class StageFiles:
                 print(f"{self.path} will be redone; these depend on it and become stale: {', '.join(stale)}")
 
     def close(self) -> None:
-        """Lets other runs work in the folder."""
+        """Unlocks the folder for other runs."""
         if self.lock is not None:
             self.lock.close()
 
@@ -67,18 +67,18 @@ class StageFiles:
             raise
 
     def predecessor(self) -> str | None:
-        """The path of the checkpoint that the stage starts from; None if it starts from nothing."""
+        """The path of the checkpoint that the stage starts from; None for the first stage."""
         if self.stage == Stage(1, "tp"):
             return None
         return checkpoint.path_of(self.hp.checkpoint_dir, checkpoint.stage_before(self.stage))
 
     def check_fit(self, path: str) -> None:
-        """InputError if the checkpoint before, at `path`, has other item ids, or, for ret, other examples."""
+        """InputError if the checkpoint before, at `path`, has other item ids or, for ret, other examples."""
         if not torch.equal(self.before["items"], self.data.items.to_tensor()):
             first = checkpoint.script_of(Stage(1, "tp"))
             raise InputError(
-                f"{path} was made with another vocabulary than {self.hp.index_path}: give the --index_path that "
-                f"belongs to it; if that is lost, `python {first} --index_path NEW`, with all else as before, writes it"
+                f"{path} was made with another vocabulary than {self.hp.index_path}: give that one's --index_path, or "
+                f"if it is lost, run `python {first} --index_path NEW` with its other flags as before"
             )
         if self.stage.mode == "ret":
             learned = self.before["tasks"][self.stage.task]
@@ -87,29 +87,29 @@ class StageFiles:
                 split = " ".join(f"--{name} {value}" for name, value in flags)
                 raise InputError(
                     f"{path} was made with other data ({learned['data_path']}) or another split ({split}) "
-                    f"than now: give those, or, to learn the task from these, {checkpoint.rerun_advice(path)}"
+                    f"than now: give those, or to learn the task from the new ones, {checkpoint.rerun_advice(path)}"
                 )
 
     def refuse_to_redo(self) -> None:
-        """NothingToDo if the stage is finished, InputError if that was with other settings."""
+        """NothingToDo if the stage was finished with the same settings, InputError if with others."""
         content, _ = checkpoint.load(self.path)
         stale = checkpoint.after(self.path)
         redo = "--overwrite redoes it" + (f" and makes {', '.join(stale)} stale" if stale else "")
         again = f"the stage is finished: continue with `python {self.next_command()}`; {redo}"
         checkpoint.refuse_other(self.path, content["identity"], self.identity, again)
         self.write_index()  # in case it was lost or damaged
-        self.snapshot.remove()  # which a kill just before the end may have left
+        self.snapshot.remove()  # left behind if the run was killed just before its end
         raise NothingToDo(f"{self.path} is finished; {redo}\nnext: python {self.next_command()}")
 
     def prune_ratios(self) -> list[float]:
-        """Those of all tasks before this one, and its own."""
+        """The prune ratios of all tasks before this one, and its own."""
         earlier = [record["prune_ratio"] for task, record in sorted(self.tasks.items()) if task < self.stage.task]
         return [*earlier, self.hp.prune_ratio]
 
     def write(self, model: NextItNet, facts: dict[str, Any], scores: dict[str, dict]) -> None:
-        """Writes the checkpoint, and for the first stage index.csv; says what to run next.
+        """Writes the checkpoint and, for the first stage, index.csv; prints what to run next.
 
-        `facts` of the task and `scores` by state and split go into the task's record.
+        The task's record holds `facts`, and `scores` by state and split.
         """
         record = self.record(facts, scores)
         content = {
@@ -133,7 +133,7 @@ class StageFiles:
         print(f"next: python {self.next_command()}{' --overwrite' if stale else ''}")
 
     def record(self, facts: dict[str, Any], scores: dict[str, dict]) -> dict[str, Any]:
-        """What the checkpoint keeps of the stage's task, with what tp noted of it if this is ret."""
+        """What the checkpoint stores of the stage's task; in ret with the results and hyperparameters of tp."""
         before, hp = self.tasks.get(self.stage.task, {}), self.hp
         given = {name: printable(value) for name, value in vars(hp).items()}
         return facts | {

@@ -120,7 +120,7 @@ def test_evaluate_on_other_splits_checkpoints_and_folders(chain, tmp_path, run_h
     assert "--data_dir" in refused(run_here("evaluate.py", "--checkpoint", file, "--data_dir", str(tmp_path)))
     (tmp_path / "moved" / FILES[1]).write_text("1,2,3\n" * 10)
     error = refused(run_here("evaluate.py", "--checkpoint", file, "--data_dir", str(tmp_path / "moved")))
-    assert "changed since" in error
+    assert "or has changed: name the folder" in error
 
 
 def forget(content):
@@ -162,23 +162,23 @@ def test_evaluate_refuses_what_is_no_checkpoint_in_one_line(chain, tmp_path, run
     content = load(chain[0], 1, "tp")
     path = str(tmp_path / "serving_t1.pt")
     save_sealed(path, {"format": 1, "task": 1, "conv": {}})
-    assert f"{path} is whole, but no checkpoint" in refused(run_here("evaluate.py", "--checkpoint", path))
+    assert f"{path} is another kind of file, no checkpoint" in refused(run_here("evaluate.py", "--checkpoint", path))
     path = str(tmp_path / "tp_t1.snapshot.pt")
     checkpoint.save(path, {"identity": content["identity"], "overwrite": False, "device": "cpu", "state": {}})
-    assert f"{path} is the snapshot of a stage" in refused(run_here("evaluate.py", "--checkpoint", path))
+    assert f"{path} is a snapshot, no checkpoint" in refused(run_here("evaluate.py", "--checkpoint", path))
 
 
 def test_a_copied_project_reads_its_own_data(chain, chain_copy, run_here):
     """Beside the checkpoints, if they were copied too; else where they were, and then it says so."""
     where = ["--checkpoint", str(chain_copy / "checkpoints" / "ret_t1.pt")]
     code, output, _ = run_here("evaluate.py", *where)
-    assert code == 0 and "did not come along" not in output
+    assert code == 0 and "was not copied" not in output
     data = chain_copy / "Data" / FILES[1]
     data.write_text("1,2,3\n" * 10)
     assert f"{data} is not the file that task 1 was learned from" in refused(run_here("evaluate.py", *where))
     data.unlink()
     code, output, _ = run_here("evaluate.py", *where)
-    told = f"the data of task 1 did not come along with the checkpoint: reading {chain[0] / 'Data' / FILES[1]}\n"
+    told = f"the data of task 1 was not copied with the checkpoint: reading {chain[0] / 'Data' / FILES[1]}\n"
     assert code == 0 and told in output
 
 
@@ -332,7 +332,9 @@ def test_a_head_starts_as_task_1s_only_if_its_targets_are_the_same_things(chain_
     (folder / "Data" / FILES[2]).write_text("".join(f"{row},,{meant[target]}\n" for row, target in lines))
     untrained = ["--epochs", "1", "--learning_rate", "1e-30", "--overwrite"]
     output = run_python("conure_tp_t2.py", *flags(folder, 2), *untrained)
-    assert f"head: {len(tokens)} of {len(tokens)} targets have the token of an item" in output
+    found, of_task_1 = f"({len(tokens)} of {len(tokens)} targets are items of task 1", "initialised from task 1's rows"
+    start = of_task_1 if same_things else "random, bias from target frequencies"
+    assert f"head: {start} {found}" in output
     model = load(folder, 2, "tp")["model"]
     items = data_loader.read_index(str(folder / "Data" / "index.csv"))
     data = data_loader.load_examples(str(folder / "Data" / FILES[2]), data_loader.Split(0.2), items)
@@ -354,11 +356,11 @@ def test_a_chain_without_free_weights_says_so_before_training(demo, tmp_path, ru
         arguments = [*flags(tmp_path, task), *shape, *ratio, "--epochs", "1"]
         code, output, error = run_here(f"conure_{mode}_t{task}.py", *arguments)
         assert code == 0, error
-        expected = "capacity: 4 of 96 conv weights are free (4.17%); it will keep 4"
+        expected = "capacity: 4 of 96 conv weights are free (4.17%); after pruning, task 2 keeps 4 of them"
         assert (expected in output) == ((task, mode) == (2, "tp"))
     code, output, error = run_here("conure_tp_t3.py", *flags(tmp_path, 3), "--epochs", "1")
     assert code == 2 and "RESULT" not in output
     assert error.startswith(
-        "error: no free weights are left for task 3: 2 of 2 conv layers belong to tasks 1 to 2 entirely, and of 96 "
-        "weights 0 are free; begin again at task 1 in another --checkpoint_dir, with --prune_ratio 0.67 or higher"
+        "error: no free weights are left for task 3 in 2 of 2 conv layers: start again at task 1 in another "
+        "--checkpoint_dir, with --prune_ratio 0.67 or more, or more --channels"
     )

@@ -97,7 +97,8 @@ def test_later_tasks_give_one_example_for_each_target(tmp_path):
     data = data_loader.load_examples(str(path), Split(0.67), items)
     assert data.rows[data.users].tolist() == [[1, 2, 0], [0, 3, 0], [0, 3, 0]]
     assert data.targets.tolist() == [1, 2, 1] and data.target_vocabulary.tokens == ["<UNK>", "x", "y"]
-    assert data.unknown_items == 1 and data.describe()[-1] == "read as <UNK>: 1 of 6 items, 0 of 3 targets"
+    assert data.unknown_items == 1
+    assert data.describe()[-1] == "not in the vocabulary, read as <UNK>: 1 of 6 items, 0 of 3 targets"
     again = data_loader.load_examples(str(path), Split(0.67), items, Vocabulary(["<UNK>", "y", "z"]))
     assert again.targets.tolist() == [0, 1, 0] and again.unknown_targets == 2
 
@@ -117,12 +118,12 @@ def test_later_tasks_give_one_example_for_each_target(tmp_path):
         ("1,,2\n" + "1" * 300 + ",,2\n", "line 2: a token of more than 256 bytes"),
         ("", "is empty"),
         ("\n \n\n", "is empty"),
-        ("1,2,,3\n" * 9, "every target is the same"),
+        ("1,2,,3\n" * 9, "all targets are the same"),
         ("1,2,,3\n1,2,,4\n", "too few to hold out"),
         ("1,2,0,0,,x\n3,0,0,0,,y\n4,5,6,7,,x\n", "line 1: padding (`0`) at the end, as in 2 of 3 lines"),
         ("1,2,,x\n0,0,,y\n0,0,,x\n", "line 2: nothing but padding (`0`), as in 2 of 3 lines"),
-        ("1,1,,x\n1,,y\n1,1,,y\n1,1,,x\n", "line 1: the item `1` alone, as in every line"),
-        ("history,,target\n1,2,,x\n2,,y\n", "line 1: names above lines of numbers"),
+        ("1,1,,x\n1,,y\n1,1,,y\n1,1,,x\n", "line 1: only the item `1`, as in every line"),
+        ("history,,target\n1,2,,x\n2,,y\n", "line 1: a header"),
         ('"1","2",,"x"\n"2","1",,"y"\n', "line 1: quotes around tokens"),
         ('1,2,,"x"\n2,1,,"y"\n', "line 1: quotes around tokens"),
     ],
@@ -139,15 +140,15 @@ def test_what_a_later_task_cannot_use_is_refused_with_its_line(tmp_path, content
     "content, complaint",
     [
         ("1,2,,3\n4,5,6\n", "line 1: an empty item (`,,` belongs to the files of tasks 2 and later): '1,2,,3'"),
-        ("1\n2\n3\n4\n", "line 1: one item only, as in every line; task 1 needs a next item"),
+        ("1\n2\n3\n4\n", "line 1: one item only, as in every line: give sequences of several items"),
         ("1,2,3,0\n4,5,0,0\n6,7,8,0\n1,2,3,4\n", "line 1: padding (`0`) at the end, as in 3 of 4 lines: remove it"),
         ("1,2,3\n4,5,6\n" * 8 + "1,0,0\n" * 3, "line 17: padding (`0`) at the end, as in 3 of 19 lines"),
         ("1,2,3\n" + "0,0,0\n" * 3, "line 2: nothing but padding (`0`), as in 3 of 4 lines"),
         ("7,7,7\n" * 4, "line 1: one item only, as in every line"),
         ("\n7,7,7\n8,8,8\n9,9\n0,0,5\n", "line 2: one item only, as in every line"),
-        ("user,item,rating,day\n1,2,3.5,2001-01-31\n2,1,-1,2001-01-30\n", "line 1: names above lines of numbers"),
-        ("user_id,item_id\n1,2\n3,4\n5,6\n", "line 1: names above lines of numbers, which would be read as a user; "),
-        ('"1","2"\n"3","4"\n"5","6"\n', "line 1: quotes around tokens, of which they would be a part; write the file"),
+        ("user,item,rating,day\n1,2,3.5,2001-01-31\n2,1,-1,2001-01-30\n", "line 1: a header"),
+        ("user_id,item_id\n1,2\n3,4\n5,6\n", "line 1: a header, which would be read as a user; remove this line: "),
+        ('"1","2"\n"3","4"\n"5","6"\n', "line 1: quotes around tokens would become part of them; write the file"),
         ('0,0,"a b"\n0,"c","d"\n"e","f","g"\n', "line 1: quotes around tokens"),
         ('"1,2"\n"3,4"\n"5,6"\n', "line 1: quotes around tokens"),
     ],
@@ -233,7 +234,8 @@ def test_what_is_no_index_is_refused_with_harmless_advice(tmp_path, content, rea
     path.write_text(content)
     with pytest.raises(InputError, match=f"is no item index .*{reason}") as error:
         data_loader.read_index(str(path))
-    assert "run `python conure_tp_t1.py` as before" in str(error.value) and "overwrite" not in str(error.value)
+    advice = f"run `python conure_tp_t1.py --index_path {path}` with its other flags as before"
+    assert advice in str(error.value) and "overwrite" not in str(error.value)
 
 
 def test_log_uniform_negatives_are_distinct_and_as_frequent_as_expected():
