@@ -8,7 +8,7 @@ NEXT   python conure_tp_t2.py
 
 from dataclasses import dataclass
 
-from conure import launch, losses, training
+from conure import launch, losses, training, vocabulary
 from conure.settings import Below1, Count, LeaveOut, Positive, Running, Seed, Share, SplitSeed, UpTo1, ours
 
 import data_loader
@@ -39,7 +39,7 @@ class Hyperparameters(Running):
 
 
 def main(hp: Hyperparameters) -> None:
-    items = data_loader.read_index(hp.index_path)
+    items = vocabulary.read_index(hp.index_path)
     data = data_loader.load_sequences(hp.data_path, Split(hp.test_fraction, hp.split_seed), items)
     run = training.Run(hp, Stage(1, "ret"), data)
     run.train(losses.next_item(hp, data))

@@ -8,7 +8,7 @@ NEXT   python conure_tp_t4.py
 
 from dataclasses import dataclass
 
-from conure import launch, losses, training
+from conure import launch, losses, training, vocabulary
 from conure.settings import (
     Below1,
     Count,
@@ -53,7 +53,7 @@ class Hyperparameters(Running):
 
 
 def main(hp: Hyperparameters) -> None:
-    items = data_loader.read_index(hp.index_path)
+    items = vocabulary.read_index(hp.index_path)
     data = data_loader.load_examples(hp.data_path, Split(hp.test_fraction, hp.split_seed, hp.split_by), items)
     run = training.Run(hp, Stage(3, "ret"), data)
     run.train(losses.target(hp, data))

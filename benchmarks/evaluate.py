@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from conure import launch
 from conure.ranking import ModelScorer, Ranker
 from conure.settings import Dilations, KernelSize, Length, Range, Width
+from conure.vocabulary import Vocabulary
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ class Hyperparameters:
 def make_data(hp: Hyperparameters) -> data_loader.TaskData:
     """Random rows, as their content does not change the time."""
     rows = np.random.default_rng(10).integers(1, hp.items, (hp.rows, hp.length), dtype=np.int32)
-    vocabulary = data_loader.Vocabulary()
+    vocabulary = Vocabulary()
     return data_loader.TaskData(
         rows=rows[:, :-1],
         users=np.arange(hp.rows),

@@ -6,6 +6,7 @@ from typing import Any
 from conure import checkpoint, metrics, ranking
 from conure.errors import InputError
 from conure.metrics import Protocol, Ranks
+from conure.vocabulary import Vocabulary
 
 import torch
 
@@ -18,7 +19,7 @@ def load_data(task: int, content: dict[str, Any], data_dir: str) -> data_loader.
 
     The file is expected in `data_dir`, or if that is empty, where `checkpoint.load` found it.
     """
-    record, items = content["tasks"][task], data_loader.Vocabulary.from_tensor(content["items"])
+    record, items = content["tasks"][task], Vocabulary.from_tensor(content["items"])
     path = os.path.join(data_dir, os.path.basename(record["data_path"])) if data_dir else record["data_path"]
     if not os.path.exists(path):
         raise InputError(f"{path}, the data of task {task}, does not exist: name its folder with --data_dir")
@@ -28,7 +29,7 @@ def load_data(task: int, content: dict[str, Any], data_dir: str) -> data_loader.
     if task == 1:
         data = data_loader.load_sequences(path, split, items)
     else:
-        targets = data_loader.Vocabulary.from_tensor(record["targets"])
+        targets = Vocabulary.from_tensor(record["targets"])
         data = data_loader.load_examples(path, split, items, targets)
     if data.digest != record["data_digest"]:
         raise InputError(

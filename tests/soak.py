@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conure import checkpoint, line_reader
 from conure.errors import InputError
+from conure.vocabulary import Vocabulary
 
 from conftest import FILES, STAGES, flags, make_demo
 
@@ -191,9 +192,9 @@ def rows(folder: Path, tried: int) -> dict[str, int]:
         expected = read_plainly(content)
         try:
             known = {token for line in expected for token in line[0]} - {"<UNK>"}
-            items = data_loader.Vocabulary(["<UNK>", *sorted(known)])
+            items = Vocabulary(["<UNK>", *sorted(known)])
         except TypeError:
-            items = data_loader.Vocabulary()
+            items = Vocabulary()
         line_reader.CHUNK_BYTES = dice.choice((40, chunk_bytes))
         try:
             data = data_loader.load_examples(str(path), data_loader.Split(0.2), items)
@@ -250,7 +251,7 @@ def forgetting(folder: Path, users: int) -> dict[str, int]:
         script = [sys.executable, str(suite / f"conure_{mode}_t{task}.py"), *where, "--epochs", "2", *shape]
         subprocess.run(script, check=True, stdout=subprocess.DEVNULL)
         content, _ = checkpoint.load(checkpoint.path_of(str(folder / "checkpoints"), Stage(task, mode)))
-        model, items = checkpoint.build_model(content), data_loader.Vocabulary.from_tensor(content["items"])
+        model, items = checkpoint.build_model(content), Vocabulary.from_tensor(content["items"])
         examples = data_loader.load_examples(str(data / files[4]), data_loader.Split(0.5), items)
         inputs = examples.batch(np.arange(200)).inputs
         for earlier in range(1, task + 1):

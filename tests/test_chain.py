@@ -7,6 +7,7 @@ from conure import checkpoint
 from conure.errors import InputError
 from conure.files import save_sealed
 from conure.reporting import Results
+from conure.vocabulary import read_index
 
 import numpy as np
 import pandas as pd
@@ -74,7 +75,7 @@ def test_what_is_not_trained_stays(chain):
 
 def test_outputs_of_learned_tasks_keep_their_bits(chain):
     folder, _ = chain
-    items = data_loader.read_index(str(folder / "Data" / "index.csv"))
+    items = read_index(str(folder / "Data" / "index.csv"))
     data = data_loader.load_examples(str(folder / "Data" / FILES[2]), data_loader.Split(0.2), items)
     inputs = data.batch(data.splits["heldout"][:200]).inputs
     learned = {}
@@ -295,7 +296,7 @@ def test_what_a_run_prints(chain):
 def test_a_task_beats_the_most_frequent_targets(chain, task, factor, margin):
     folder, printed = chain
     load_task = data_loader.load_sequences if task == 1 else data_loader.load_examples
-    items = data_loader.read_index(str(folder / "Data" / "index.csv"))
+    items = read_index(str(folder / "Data" / "index.csv"))
     data = load_task(str(folder / "Data" / FILES[task]), data_loader.Split(0.2), items)
     train, test = (data.targets[data.splits[split]] for split in ("train", "test"))
     k, metric = (1, "accuracy") if task == 4 else (5, "mrr@5")
@@ -336,7 +337,7 @@ def test_a_head_starts_as_task_1s_only_if_its_targets_are_the_same_things(chain_
     start = of_task_1 if same_things else "random, bias from target frequencies"
     assert f"head: {start} {found}" in output
     model = load(folder, 2, "tp")["model"]
-    items = data_loader.read_index(str(folder / "Data" / "index.csv"))
+    items = read_index(str(folder / "Data" / "index.csv"))
     data = data_loader.load_examples(str(folder / "Data" / FILES[2]), data_loader.Split(0.2), items)
     ids = torch.from_numpy(items.look_up(data.target_vocabulary.tokens)).long()
     assert torch.equal(model["heads.2.weight"][1:], model["heads.1.weight"][ids][1:]) == same_things

@@ -9,13 +9,14 @@ from conure import line_reader, samplers
 from conure.errors import InputError
 from conure.files import load_sealed, save_sealed
 from conure.samplers import LogUniformSampler, TargetSampler
+from conure.vocabulary import Vocabulary, read_index
 
 import numpy as np
 import pytest
 import torch
 
 import data_loader
-from data_loader import Split, Vocabulary
+from data_loader import Split
 
 
 def sequences(tmp_path: Path, content: str | bytes, **arguments) -> data_loader.TaskData:
@@ -185,7 +186,7 @@ def test_a_few_rows_of_padding_alone_are_noted(tmp_path):
 def test_a_missing_relative_path_is_named_with_its_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path, said in (("no.csv", f"no.csv does not exist in {tmp_path}: "), ("/no.csv", "/no.csv does not exist: ")):
-        for load in (lambda path: data_loader.load_sequences(path, Split(0.2)), data_loader.read_index):
+        for load in (lambda path: data_loader.load_sequences(path, Split(0.2)), read_index):
             with pytest.raises(InputError) as error:
                 load(path)
             assert str(error.value).startswith(said)
@@ -210,7 +211,7 @@ def test_the_index_is_written_and_read_back(tmp_path):
     items.write(path)
     items.check_index(path)
     assert Path(path).read_text().splitlines()[:2] == ["token,id", "<UNK>,0"]
-    assert data_loader.read_index(path).ids == items.ids
+    assert read_index(path).ids == items.ids
     assert Vocabulary.from_tensor(items.to_tensor()).tokens == items.tokens
 
 
@@ -233,7 +234,7 @@ def test_what_is_no_index_is_refused_with_harmless_advice(tmp_path, content, rea
     path = tmp_path / "index.csv"
     path.write_text(content)
     with pytest.raises(InputError, match=f"is no item index .*{reason}") as error:
-        data_loader.read_index(str(path))
+        read_index(str(path))
     advice = f"run `python conure_tp_t1.py --index_path {path}` with its other flags as before"
     assert advice in str(error.value) and "overwrite" not in str(error.value)
 

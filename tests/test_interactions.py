@@ -8,6 +8,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from conure.vocabulary import Vocabulary
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -315,9 +317,7 @@ def test_very_many_targets_take_several_lines_that_the_scripts_can_read(make):
     flags = ["--task", "click=later", "--history", "0.001", "--length", "20"]
     _, files = make({"rows.csv": table(days("ab", 12_000))}, *flags)
     assert files["users_click"] == ["a", "a", "b", "b"]
-    data = data_loader.load_examples(
-        f"out/{file_of('click')}", data_loader.Split(0.2), data_loader.Vocabulary(["<UNK>", "0"])
-    )
+    data = data_loader.load_examples(f"out/{file_of('click')}", data_loader.Split(0.2), Vocabulary(["<UNK>", "0"]))
     assert len(data.targets) == 2 * (12_000 - 12)
 
 

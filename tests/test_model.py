@@ -7,6 +7,7 @@ from conure.losses import Objective
 from conure.processes import Shard
 from conure.samplers import LogUniformSampler, TargetSampler, uniform_probabilities
 from conure.snapshot import TrainingState
+from conure.vocabulary import Vocabulary
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from conftest import batch_of
 
 import pruning
-from data_loader import Batch, Vocabulary
+from data_loader import Batch
 from nextitnet import CausalConv, Grid, NextItNet, read_by
 from pruning import Stage
 

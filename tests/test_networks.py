@@ -5,6 +5,7 @@ import copy
 from conure import ranking
 from conure.losses import ALONE
 from conure.metrics import Protocol
+from conure.vocabulary import Vocabulary
 
 import numpy as np
 import pytest
@@ -143,7 +144,7 @@ def test_joint_training_draws_from_the_memory_of_one_other_task(network, tiny):
 
 def test_without_training_a_target_scores_as_the_item_it_is(tmp_path, network):
     (tmp_path / "2.csv").write_text("a,b,b,,b,x\na,b,c,,a\n0,c,a,,c,x\n0,0,b,,c\n")
-    items = data_loader.Vocabulary(["<UNK>", "0", "a", "b", "c"])
+    items = Vocabulary(["<UNK>", "0", "a", "b", "c"])
     data = data_loader.load_examples(str(tmp_path / "2.csv"), data_loader.Split(0.5), items)
     networks.add_item_head(network.eval(), data, 4)
     inputs, stage = torch.from_numpy(data.rows).long(), Stage(4, "inference")

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 from conure import matmul, ranking
 from conure.metrics import Protocol
+from conure.vocabulary import Vocabulary
 
 import numpy as np
 import pytest
@@ -57,12 +58,12 @@ def data() -> dict[int, TaskData]:
     """Of tasks 1 and 2: 30 rows with repeats and padding, items whose tokens are targets' and others, all shuffled."""
     random = np.random.default_rng(1)
     tokens = ["<UNK>", "0", *map(str, range(1, 49))]
-    items = data_loader.Vocabulary(tokens)
-    targets = data_loader.Vocabulary(["<UNK>", *random.permutation(tokens[2:])[:20].tolist(), *"abcdefghij"])
+    items = Vocabulary(tokens)
+    targets = Vocabulary(["<UNK>", *random.permutation(tokens[2:])[:20].tolist(), *"abcdefghij"])
     rows = random.integers(2, 50, (30, 12)).astype(np.int32)
     rows[np.arange(12) < random.integers(0, 10, 30)[:, None]] = 1
 
-    def task(users: np.ndarray, wanted: np.ndarray, vocabulary: data_loader.Vocabulary) -> TaskData:
+    def task(users: np.ndarray, wanted: np.ndarray, vocabulary: Vocabulary) -> TaskData:
         splits = dict(zip(("train", "validation", "test"), np.array_split(random.permutation(len(users)), 3)))
         arrays = {"rows": rows, "users": users, "targets": wanted.astype(np.int32)}
         return TaskData(**arrays, items=items, target_vocabulary=vocabulary, splits=splits, padding_id=1)
@@ -88,7 +89,7 @@ def slow_rank(scores: np.ndarray, target: int, left_out: set[int]) -> int:
     )
 
 
-def tokens_of(vocabulary: data_loader.Vocabulary, ids: np.ndarray) -> set[str]:
+def tokens_of(vocabulary: Vocabulary, ids: np.ndarray) -> set[str]:
     return {vocabulary.tokens[id] for id in ids}
 
 
@@ -156,7 +157,7 @@ def write_task(path: Path, again: int) -> TaskData:
     """Task 2 of 400 users with a target each, of whom so many take an item of their row again."""
     lines = [f"a,b{user},c,,{'c' if user < again else 'd'}\n" for user in range(400)]
     path.write_text("".join(lines))
-    items = data_loader.Vocabulary(["<UNK>", "a", "c", "d"])
+    items = Vocabulary(["<UNK>", "a", "c", "d"])
     return data_loader.load_examples(str(path), Split(0.01), items)
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from conure import checkpoint
+from conure.vocabulary import Vocabulary
 
 import pytest
 import torch
@@ -133,7 +134,7 @@ def assert_learned(copy: Path, task: int) -> None:
     run(copy, f".venv/bin/python -m tools.export --task {task}")
     content, _ = checkpoint.load(str(copy / "checkpoints" / f"ret_t{task}.pt"))
     record = content["tasks"][task]
-    items, targets = (data_loader.Vocabulary.from_tensor(each) for each in (content["items"], record["targets"]))
+    items, targets = (Vocabulary.from_tensor(each) for each in (content["items"], record["targets"]))
     data = data_loader.load_examples(record["data_path"], data_loader.Split(0.2), items, targets)
     assert Path(record["data_path"]).parent == copy / "Data" / "Session"
     if record["protocol"]["metric"] == "accuracy":

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from conure import losses, ranking, samplers, settings
+from conure.vocabulary import UNKNOWN, Vocabulary
 
 import numpy as np
 import pytest
@@ -95,8 +96,8 @@ class Recording:
         """The recorded batch as a task's data."""
         inputs, targets = (tensor.int().numpy() for tensor in self.batch(task))
         sizes = [self.config["num_items"], *self.config["target_sizes"]]
-        tokens = ([data_loader.UNKNOWN, *map(str, range(1, size))] for size in (sizes[0], sizes[task - 1]))
-        items, target_vocabulary = map(data_loader.Vocabulary, tokens)
+        tokens = ([UNKNOWN, *map(str, range(1, size))] for size in (sizes[0], sizes[task - 1]))
+        items, target_vocabulary = map(Vocabulary, tokens)
         everything = np.arange(len(targets))
         return data_loader.TaskData(
             rows=inputs,

@@ -7,6 +7,7 @@ import tracemalloc
 from pathlib import Path
 
 from conure import checkpoint, files, line_reader
+from conure.vocabulary import Vocabulary, read_index
 
 import numpy as np
 import pandas as pd
@@ -52,7 +53,7 @@ def model_of(chain, name="ret_t4.pt"):
 
 def inputs_of(chain, task) -> torch.Tensor:
     """The rows of a task's file as ids, with the separator where the task has one."""
-    items = data_loader.read_index(str(chain[0] / "Data" / "index.csv"))
+    items = read_index(str(chain[0] / "Data" / "index.csv"))
     rows = data_loader.encode(str(chain[0] / "Data" / FILES[task]), task > 1, items).rows
     return torch.from_numpy(rows).long()
 
@@ -154,7 +155,7 @@ def test_recommendations_are_the_best_scores_in_the_users_own_tokens(chain, serv
     output = tool("recommend", "--task", task, "--serving", serving(task), "--data_path", data, "--top_k", k)
     table = pd.read_csv(pd.io.common.StringIO(output), dtype={"target": str})
     record = checkpoint.load(str(chain[0] / "checkpoints" / "ret_t4.pt"))[0]["tasks"][task]
-    tokens = data_loader.Vocabulary.from_tensor(record["targets"]).tokens
+    tokens = Vocabulary.from_tensor(record["targets"]).tokens
     with torch.no_grad():
         scores = model_of(chain).scores(inputs_of(chain, task), Stage(task, "inference")).numpy()
     for never in ("<UNK>", "0"):

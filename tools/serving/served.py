@@ -11,12 +11,13 @@ from conure.line_reader import missing, read_lines
 from conure.matmul import wide_linear
 from conure.ranking import EVALUATION_BATCH, SCORES_AT_ONCE
 from conure.settings import Device, Task
+from conure.vocabulary import UNKNOWN, Encoder, Vocabulary
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_loader import PADDING, UNKNOWN, Encoder, Vocabulary, pad_left
+from data_loader import PADDING, pad_left
 from pruning import Stage
 from tools.serving.format import build_model, load, path_of
 
