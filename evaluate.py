@@ -1,11 +1,11 @@
-"""Scores every learned task again, and says whether anything was forgotten.
+"""Evaluates every learned task again and checks that nothing was forgotten.
 
-READS  the newest checkpoint in checkpoint_dir (or the one named), and the data file of each task, which it records
-PRINTS a RESULT line per task; behind it the scores recorded when the task was learned, and whether the weights that it
-       reads and its scores are the same; then each task's first score, ± half of its 95 % interval over users, and in
-       brackets that of the most frequent targets
-EXITS  with 0 if nothing was forgotten, with 1 if weights that a task reads have changed, or if scores differ by more
-       than another machine or version of torch can explain
+READS  the newest checkpoint in checkpoint_dir, or the one given; the data file of each task, as the checkpoint names it
+PRINTS a RESULT line per task: its scores now, the scores recorded when it was learned, and whether these are the same
+       and the weights that the task reads bit-identical; then the first score of each task, ± half of its 95 % interval
+       over users, and in brackets the score of the most frequent targets
+EXITS  with 0 if nothing was forgotten; with 1 if a weight that a task reads has changed, or if a score differs by more
+       than rounding on another machine or by another version of torch
 NEXT   python -m tools.report, to look at the chain; python -m tools.export --task 1, to use a task
 """
 
@@ -21,26 +21,27 @@ from conure.metrics import Protocol
 from conure.reporting import result_line, standing
 from conure.settings import Device
 
-# By how much scores may differ between machines, where a last bit decides between items that score alike: a number, or
-# so many rows of a small test part.
+# Tolerated difference of a score between machines, where a last bit may swap two items of nearly equal scores: an
+# absolute value, or this many rows of a small test set.
 ROUNDING, ROUNDED_ROWS = 1e-3, 2
 
 
 @dataclass
 class Hyperparameters:
-    checkpoint_dir: str = "checkpoints"  # where the scripts wrote their checkpoints
-    checkpoint: str = ""  # a checkpoint file; empty: the newest in checkpoint_dir
-    data_dir: str = ""  # where the data files are; empty: where they were when the tasks were learned
-    split: Literal["test", "validation", "heldout"] = "test"  # heldout: both, which is the original's test part
+    checkpoint_dir: str = "checkpoints"  # folder of the chain's checkpoints
+    checkpoint: str = ""  # checkpoint file to evaluate; empty: the newest in checkpoint_dir
+    data_dir: str = ""  # folder of the data files; empty: where they were when the tasks were learned
+    split: Literal["test", "validation", "heldout"] = "test"  # heldout: test and validation, the original's test set
     device: Device = "auto"  # auto: cuda if there is a GPU
 
 
 def verdict(intact: bool, scores: dict[str, float], recorded: dict[str, float]) -> str:
-    """`intact`: whether all that the task reads is as it was when the task was learned."""
-    compared = [name for name in recorded if not name.startswith("balanced")]  # where one row may weigh much
+    """`intact`: whether all that the task reads is bit-identical to when it was learned."""
+    # Balanced accuracy is left out, because one row of a rare class may change it a lot.
+    compared = [name for name in recorded if not name.startswith("balanced")]
     difference = max(abs(scores[name] - recorded[name]) for name in compared)
     if not intact:
-        return f"DIFFERS: what the task reads has changed, and its scores by up to {difference:.1g}"
+        return f"DIFFERS: weights that the task reads have changed, its scores by up to {difference:.1g}"
     if difference > max(ROUNDING, ROUNDED_ROWS / recorded["n"]):
         return f"DIFFERS by {difference:.1g} with bit-identical weights: other code, or another device"
     return f"bit-identical weights; the score differs by {difference:.1g}" if difference else "same"
@@ -70,10 +71,8 @@ def main(hp: Hyperparameters) -> int:
         print("nothing forgotten: every task scores exactly as when it was learned")
     else:
         libraries = ", ".join(" ".join(each) for each in content["versions"].items())
-        print(
-            "nothing forgotten: the weights that the tasks read are bit-identical; the rest comes from another device,"
-        )
-        print(f"machine or version of its libraries than those that wrote the checkpoint ({libraries})")
+        print("nothing forgotten: the weights that the tasks read are bit-identical. Scores differ by rounding, as the")
+        print(f"checkpoint was written on another device or machine, or with other versions ({libraries})")
     folder = os.path.dirname(path) or "."
     given = f" --checkpoint_dir {shlex.quote(folder)}" if folder != Hyperparameters.checkpoint_dir else ""
     page = os.path.join(folder, "report", "report.html")

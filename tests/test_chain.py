@@ -143,7 +143,7 @@ def differ(by):
 @pytest.mark.parametrize(
     "change, code, verdict, conclusion",
     [
-        (forget, 1, "DIFFERS: what the task reads has changed", "3 of 4 tasks differ from what was learned"),
+        (forget, 1, "DIFFERS: weights that the task reads have changed", "3 of 4 tasks differ from what was learned"),
         (differ(1e-9), 0, "bit-identical weights; the score differs by 1e-09", "nothing forgotten: the weights that"),
         (differ(0.1), 1, "DIFFERS by 0.1 with bit-identical weights", "1 of 4 tasks differ from what was learned"),
     ],

@@ -59,6 +59,6 @@ def test_only_what_was_scored_alike_is_compared(chain, chain_copy, run_here):
     redo = [*chain_settings(4, "ret"), "--top_k", "2", "--overwrite"]
     assert run_here("conure_ret_t4.py", *flags(chain_copy, 4), *redo)[0] == 0
     error = refused(run_here("tools.compare", *folders))
-    assert error.startswith("error: task 4 has other values of top_k in the two folders (1 and 2): ")
+    assert error.startswith("error: task 4: the two folders differ in values of top_k (1 and 2): ")
     error = refused(run_here("tools.compare", folders[0]))
     assert error == "error: the following arguments are required: B (--help lists the flags)\n"

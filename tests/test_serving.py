@@ -260,14 +260,14 @@ def test_what_cannot_be_served_is_refused_in_one_line(chain, serving, run_here, 
     missing = ["tools.recommend", *source[2:], "--serving", str(tmp_path / "none"), "--task", "2"]
     error = refused(run_here(*missing))
     assert error.endswith(
-        "none does not exist: name one with --serving; `python -m tools.export --task 2` writes one\n"
+        "none does not exist: name one with --serving, or make one with `python -m tools.export --task 2`\n"
     )
     assert "is damaged, or no serving file" in refused(run_here(*missing, "--serving", str(tmp_path)))
     elsewhere = ["--serving", "", "--checkpoint_dir", "elsewhere"]
     assert f"elsewhere/serving_t2.pt does not exist in {Path.cwd()}" in refused(run_here(*missing, *elsewhere))
     assert "must end with .csv" in refused(run_here(*missing, "--output", str(tmp_path / "best")))
     classes = ["tools.recommend", "--task", "4", "--serving", str(serving(4)), "--exclude_seen", "yes"]
-    assert "--exclude_seen is for tasks of items" in refused(run_here(*classes))
+    assert "--exclude_seen yes: task 4 learns classes" in refused(run_here(*classes))
     bits = bytearray(Path(served).read_bytes())
     bits[len(bits) // 2] ^= 1
     Path(served).write_bytes(bits)
@@ -291,9 +291,9 @@ def test_what_no_tool_wrote_is_replaced_only_if_asked(chain_copy, serving, run_h
         assert f"{folder / name} is the name of a" in error and error.endswith("give another name\n")
     own = ["--checkpoint", str(shutil.copy(newest, tmp_path / "own.pt2")), "--overwrite"]
     for flag in ("--output", "--program"):
-        assert f"{flag} {own[1]} is the checkpoint that is read" in refused(run_here(*export, *own, flag, own[1]))
+        assert f"{flag} {own[1]} is the checkpoint to export" in refused(run_here(*export, *own, flag, own[1]))
     both = ["--output", str(tmp_path / "x.pt2"), "--program", str(tmp_path / "x.pt2")]
-    assert "x.pt2 is --output too" in refused(run_here(*export, *both))
+    assert "--program and --output are both" in refused(run_here(*export, *both))
     read = ["--task", "2", "--serving", str(serving(2)), "--data_path", str(data), "--output"]
     for name in ("results.csv", "index.csv"):
         for tool in ("tools.represent", "tools.recommend"):

@@ -143,7 +143,9 @@ def test_a_second_run_trains_nothing_and_finds_the_same(compared, run_here):
 
 def test_one_method_alone(demo, tmp_path):
     flags = ["--data_dir", str(demo / "Data"), "--output_dir", str(tmp_path), "--seeds", "1", *SMALL]
-    run_python("-m", "tools.baselines", *flags, "--only", "FineHead")
+    printed = run_python("-m", "tools.baselines", *flags, "--only", "FineHead")
+    output = tmp_path / "baselines_FineHead"
+    assert printed.endswith(f"\nwrote {output}.csv\nwrote {output}.md\n")
     trained = {path.relative_to(tmp_path / "seed_10").parts[0] for path in tmp_path.rglob("*.pt")}
     assert trained == {"SinMo", "FineHead"}
     assert set(pd.read_csv(tmp_path / "baselines_FineHead.csv")["method"]) == {"FineHead"}
@@ -161,7 +163,7 @@ def test_replay_keeps_a_tenth_of_the_training_examples(demo, tmp_path):
 def test_data_too_large_for_counting_is_left_out(demo, tmp_path, run_here, monkeypatch):
     flags = ["--data_dir", str(demo / "Data"), "--output_dir", str(tmp_path), "--seeds", "1", "--only", "counting"]
     monkeypatch.setattr(counting, "MAX_PAIRS", 0)
-    assert refused(run_here("tools.baselines", *flags)) == "error: every task was left out\n"
+    assert refused(run_here("tools.baselines", *flags)).startswith("error: every task was left out")
     first = data_loader.load_sequences(str(demo / "Data" / FILES[1]), data_loader.Split(0.2))
     monkeypatch.setattr(counting, "MAX_PAIRS", len(first.splits["train"]) * first.rows.shape[1] * 10 - 1)
     code, output, _ = run_here("tools.baselines", *flags)
@@ -235,12 +237,14 @@ def test_tasks_without_a_file_are_left_out(demo, tmp_path, run_here):
 
 def test_an_unknown_method_is_refused(run_here):
     error = refused(run_here("tools.baselines", "--only", "BERT4Rec"))
-    assert error.startswith("error: --only BERT4Rec is none of popular, counting, SinMo, ")
+    assert error.startswith("error: --only BERT4Rec is no method: give one of popular, counting, SinMo, ")
 
 
 def test_capacity_learns_a_task_at_every_depth(demo, tmp_path, run_here):
     flags = ["--data_dir", str(demo / "Data"), "--output_dir", str(tmp_path), "--seeds", "1", *SMALL]
-    run_python("-m", "tools.capacity", *flags, "--percents", "50,90", "--depths", "1,3")
+    printed = run_python("-m", "tools.capacity", *flags, "--percents", "50,90", "--depths", "1,3")
+    assert f"\nwrote {tmp_path}/capacity.csv\n" in printed
+    assert (tmp_path / "capacity.png").exists() == (f"\nwrote {tmp_path}/capacity.png\n" in printed)
     table = pd.read_csv(tmp_path / "capacity.csv")
     assert table[["prune_ratio", "task", "learned_before"]].to_numpy().tolist() == [
         [ratio, *place] for ratio in (0.5, 0.9) for place in ((1, 0), (3, 1), (3, 1), (3, 3), (3, 3))

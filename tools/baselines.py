@@ -1,37 +1,37 @@
-"""Compare Conure with one model per task, fine-tuning, joint training and adapters (section 4 of the paper).
+"""Compare Conure with baselines (section 4 of the paper): from scratch, fine-tuned, joint training, adapters and more.
 
 No model:
-  popular          the most popular targets, or the majority class, of the training part
-  counting         task 1 a Markov chain within ten places, tasks 2 and 3 the cosine of items and targets, task 4 naive
-                   Bayes
+  popular          the most popular targets of the training set; for classes, the majority class
+  counting         task 1: a Markov chain over the last ten items; tasks 2 and 3: item-target cosine similarity; task 4:
+                   naive Bayes
 One model per task:
   SinMo            from scratch
-  MTL              trained jointly with task 1 for as long as the longer of the two takes
-  FineAll          a whole copy of task 1's SinMo, fine-tuned
-  SASRec           likewise, with self-attention in place of convolutions
-One model for all:
-  zero_shot        task 1 of Conure alone: it scores the targets of tasks 2 and 3 as the items they are
-  random_backbone  nothing is trained but a head per task
+  MTL              jointly with task 1, for as many steps as the longer of the two takes
+  FineAll          a fine-tuned copy of task 1's SinMo
+  SASRec           as FineAll, with self-attention in place of convolutions
+One model for all tasks:
+  zero_shot        task 1 of Conure alone, which scores the targets of tasks 2 and 3 as items of task 1
+  random_backbone  a head per task on a frozen random network
   FineHead         a head per task on the frozen SinMo of task 1
-  PeterRec         small adapters and a head per task on the frozen SinMo of task 1
-  SinMoAll         trained task after task, nothing protected: it forgets
-  LwF              SinMoAll that distils the answers of its earlier heads (learning without forgetting)
-  replay           SinMoAll that goes over a tenth of the earlier tasks' training examples
-  no_retraining    Conure without retraining: half the epochs, scored after pruning
+  PeterRec         adapters and a head per task on the frozen SinMo of task 1
+  SinMoAll         SinMo fine-tuned task after task without protection: it forgets
+  LwF              SinMoAll with distillation of its earlier heads (learning without forgetting)
+  replay           SinMoAll with replay of a tenth of the training examples of earlier tasks
+  no_retraining    Conure without retraining, scored after pruning
   no_task_2        Conure, task 3 learned right after task 1
-  random_head      Conure, heads start at random
-  frozen_head      Conure, heads of tasks 2 and 3 stay task 1's
-  frozen_embedding Conure, all tasks read task 1's item embedding as it is
+  random_head      Conure with randomly initialised heads
+  frozen_head      Conure, where tasks 2 and 3 use task 1's head without training it
+  frozen_embedding Conure without updates of the item embedding
   Conure           the eight scripts
 
-The others train a task for as many epochs as Conure trains and retrains it, with its learning rate, batch size and
-loss. FineAll, FineHead, MTL and PeterRec serve task 1 with SinMo's model. Where another method than Conure has a model
-of task 1, it learns each later task from both starts of the head, the scripts' and a random one, and goes on with the
-better on validation; seconds are of that one.
+Other methods train a task for as many epochs as Conure's tp and ret together, with the same learning rate, batch size
+and loss. FineAll, FineHead, MTL and PeterRec use SinMo's model for task 1. A method that starts from a model of task 1
+learns each later task twice, with the scripts' head and with a random one, and keeps the better by validation; seconds
+count that one alone.
 
-READS  the task files in data_dir, up to the first one after task 1 that is not there
+READS  the task files in data_dir; the comparison ends before the first missing one
 WRITES to output_dir: a folder per seed and method, from which an interrupted run resumes; baselines.csv, a row per
-       method, task and seed; baselines.md, means and intervals, and what Conure gains over each method
+       method, task and seed; baselines.md, means, intervals, and what Conure gains over each method
 """
 
 import hashlib
@@ -63,27 +63,27 @@ from tools.comparisons.sasrec import SASRec
 
 ALL = ["popular", "counting", *METHODS]
 UNTRAINED = ("popular", "counting", "zero_shot")
-Row = tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]  # of a table, and what its score is the mean of
+Row = tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]  # of the table; its score per example, and their users
 KEPT = 0.1  # share of a task's training examples that replay keeps
 
 
 @dataclass
 class Hyperparameters(study.Settings):
     output_dir: str = "checkpoints/baselines"  # a folder per seed and method, baselines.csv and baselines.md
-    only: str = ""  # one of the methods, and what it starts from; empty: all
-    overwrite: bool = False  # replace the tables of an earlier run; its checkpoints stay
+    only: str = ""  # one method, and the models that it starts from; empty: all methods
+    overwrite: bool = False  # replace the tables of an earlier run; its checkpoints stay and are not trained again
 
 
 class Comparison(study.Study):
     """All methods with one seed."""
 
     def steps(self, method: str) -> list[Step]:
-        """Those of a method with a model, without the tasks whose files are not there; of no other method any."""
+        """The steps of a method, without the tasks whose files are missing; empty for a method without a model."""
         return [step for step in METHODS.get(method, []) if step.task in self.tasks]
 
     @cached_property
     def tasks(self) -> list[int]:
-        """Up to the first one after task 1 that has no file, as in run_all.sh."""
+        """Task 1 and those after it, up to the first missing data file, as in run_all.sh."""
         there = itertools.takewhile(lambda task: os.path.exists(self.settings(task, "tp").data_path), LATER)
         return [1, *there]
 
@@ -91,7 +91,7 @@ class Comparison(study.Study):
         return self.folder / step.method / (f"{step.head}_t{step.task}" if step.head else "")
 
     def path(self, step: Step) -> str:
-        """The checkpoint of the step, of its variants that of the best on validation."""
+        """The checkpoint of the step; if it has variants, of the best one by validation."""
         paths = [checkpoint.path_of(str(self.folder_of(each)), each.stage) for each in step.variants()]
         return paths[0] if len(paths) == 1 else max(paths, key=self.validation_score)
 
@@ -107,19 +107,19 @@ class Comparison(study.Study):
         return math.ceil(len(self.data(task).splits["train"]) / batch_size)
 
     def run(self, step: Step) -> None:
-        """Trains the step, if that is not done yet."""
+        """Trains the step, unless its checkpoint exists."""
         hp, data, first = self.settings(step.task, step.mode), self.data(step.task), self.settings(1, "tp")
-        if not step.prunes:  # trained in one go, as long as Conure trains and retrains
+        if not step.prunes:  # one stage, for as many epochs as Conure's tp and ret
             hp.epochs += self.settings(step.task, "ret").epochs
             if step.task > 1:
-                hp.lora_rank = 0  # they train the embedding itself, or keep it
-        if step.beside == "task 1":  # with its way of learning, and at least as many of its batches
+                hp.lora_rank = 0  # such methods train the embedding itself, or freeze it
+        if step.beside == "task 1":  # with task 1's optimiser settings, and at least as many of its batches
             hp.table_rate, hp.dropout, hp.decay = first.table_rate, first.dropout, first.decay
             wanted = first.epochs * self.steps_per_epoch(1, first.batch_size)
             hp.epochs = max(hp.epochs, math.ceil(wanted / self.steps_per_epoch(step.task, hp.batch_size)))
         if step.head == "random":
             hp.informed_head = False
-        if step.network is networks.HeadOnly:  # which trains no embedding, and a head of its own for task 1 too
+        if step.network is networks.HeadOnly:  # the embedding is frozen, so task 1 needs a head of its own
             hp.tied = "no"
         network = step.network
         if network is SASRec:
@@ -129,7 +129,7 @@ class Comparison(study.Study):
         self.learn(self.folder_of(step), hp, step.stage, data, loss, start, network, metric, step.prunes)
 
     def whole_loss(self, step: Step, hp: SimpleNamespace) -> networks.AnyLoss:
-        """The task's, with what the step learns beside it."""
+        """The task's own loss, plus joint training, replay or distillation if the step has it."""
         own = self.loss(step.task, hp)
         match step.beside:
             case "task 1":
@@ -142,14 +142,14 @@ class Comparison(study.Study):
         return own
 
     def memory(self, task: int, share: float) -> networks.Memory:
-        """A share of the task's training examples, always the same ones, and its loss without `l2`."""
+        """A fixed share of the task's training examples, drawn with the seed, and its loss without `l2`."""
         hp, data = self.settings(task, "tp", l2=0.0), self.data(task)
         examples = np.random.default_rng((self.seed, task)).permutation(data.splits["train"])
         kept = examples[: math.ceil(share * len(examples))]
         return networks.Memory(task, data, self.loss(task, hp), kept, hp.batch_size)
 
     def ranks_of(self, content: dict[str, Any]) -> dict[int, Ranks]:
-        """The test ranks of all tasks that a model has learned, as they are now."""
+        """The current test ranks of all tasks that a model has learned."""
         model, given = checkpoint.build_model(content), (self.hp.data_dir, pick_device(self.hp.device))
         return {number: rescoring.rank(number, content, model, *given) for number in content["tasks"]}
 
@@ -177,7 +177,7 @@ class Comparison(study.Study):
             )
 
     def row(self, method: str, task: int, ranks: Ranks, **costs: float) -> Row:
-        """The test score of a task, and what it is the mean of."""
+        """The test score of a task, and the score and user of each example."""
         protocol = self.protocol(task)
         name, score = next(iter(metrics.score(ranks, protocol).items()))
         row = {"method": method, "task": task, "seed": self.seed, "metric": name, "score": score}
@@ -188,7 +188,7 @@ class Comparison(study.Study):
         return ranking.protocol_of(self.settings(task, "tp"), study.METRIC.get(task, "ranking"), self.data(task))
 
     def forgetting(self, method: str) -> Iterator[dict[str, Any]]:
-        """The test scores of tasks 1..k after task k, where one model has learned them all."""
+        """The test scores of tasks 1..k after task k, of a model that learns all tasks."""
         last = {step.task: step for step in self.steps(method)}  # of each task
         for after, step in last.items():
             for task, ranks in self.ranks_of(self.content(step)).items():
@@ -196,7 +196,7 @@ class Comparison(study.Study):
                 yield {"method": method, "task": task, "after": after, "score": score}
 
     def untrained_ranks(self, method: str, task: int) -> Ranks:
-        """The ranks of the task's targets in test by a method that does not learn the task."""
+        """The task's test ranks by a method that does not train on it."""
         data, device = self.data(task), pick_device(self.hp.device)
         if method == "popular":
             scorer = ranking.Popularity(data, device)
@@ -209,7 +209,7 @@ class Comparison(study.Study):
         return ranking.rank_by(scorer, data, data.splits["test"], self.protocol(task))
 
     def untrained_rows(self, method: str) -> Iterator[Row]:
-        """A row for every task that the method scores. A task whose data is too large for counts is left out."""
+        """A row for every task that the method scores; a task whose data is too large for counting is left out."""
         for task in [task for task in self.tasks if method != "zero_shot" or task in (2, 3)]:
             try:
                 ranks = self.untrained_ranks(method, task)
@@ -220,15 +220,15 @@ class Comparison(study.Study):
 
 
 def bytes_to_serve(served: Iterable[tuple[dict[str, Any], set[int]]]) -> int:
-    """Of all that the tasks' answers need, what several of them share counted once.
+    """Bytes of all tensors that inference for the tasks needs; shared ones count once.
 
-    `served`: contents of checkpoints, with the tasks that each answers for.
+    `served`: contents of checkpoints, each with the tasks that it serves.
     """
     needed = {}
     for content, tasks in served:
         for name, tensor in content["model"].items():
             of_another = name.startswith("heads.") and int(name.split(".")[1]) not in tasks
-            unused = name.endswith(".owner") and not tensor.any()  # nothing was pruned
+            unused = name.endswith(".owner") and not tensor.any()  # never pruned
             if not of_another and not unused:
                 data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
                 needed[hashlib.sha256(data).digest()] = data.nbytes
@@ -251,21 +251,21 @@ def compare(hp: Hyperparameters, seed: int) -> tuple[list[Row], list[dict[str, A
 
 def main(hp: Hyperparameters) -> None:
     if hp.only and hp.only not in ALL:
-        raise InputError(f"--only {hp.only} is none of {', '.join(ALL)}")
+        raise InputError(f"--only {hp.only} is no method: give one of {', '.join(ALL)}")
     output = os.path.join(hp.output_dir, f"baselines_{hp.only}" if hp.only else "baselines")
     check_output(f"{output}.csv", hp.overwrite)
     check_output(f"{output}.md", hp.overwrite)
     seeds = study.over_seeds(hp, compare)
     table, runs = pd.DataFrame([row for scores, _ in seeds for row, _ in scores]), defaultdict(list)
     if table.empty:
-        raise InputError("every task was left out")
+        raise InputError("every task was left out, for the reasons above: nothing is written")
     for row, values in (each for scores, _ in seeds for each in scores):
         runs[row["method"], row["task"]].append(values)
     forgotten = pd.DataFrame([row for _, forgotten in seeds for row in forgotten])
     intervals = f"95 % intervals by bootstrap over users and the {hp.seeds} seeds, each with a split of its own"
     lines = [f"Test scores: means and {intervals}.", "", *tables.score_lines(table, runs)]
     if not hp.only:
-        lines += ["", "What Conure gains, example by example:", "", *tables.difference_lines(table, runs, "Conure")]
+        lines += ["", "What Conure gains, paired by example:", "", *tables.difference_lines(table, runs, "Conure")]
     if len(forgotten):
         lines += ["", "After learning further tasks:", "", *tables.forgetting_lines(forgotten)]
     with whole_file(f"{output}.csv") as file:
@@ -273,6 +273,7 @@ def main(hp: Hyperparameters) -> None:
     with whole_file(f"{output}.md") as file:
         file.write("".join(f"{line}\n" for line in lines).encode())
     print("\n".join(lines))
+    print(f"wrote {output}.csv\nwrote {output}.md")
 
 
 if __name__ == "__main__":

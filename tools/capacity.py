@@ -1,8 +1,8 @@
-"""Measure capacity: scores against the prune ratio and against the number of tasks learned before.
+"""Measure capacity: test scores by prune ratio and by the number of tasks learned before.
 
-For every prune ratio one model learns task 1 and then further tasks. These are alike: they split the targets of task 2
-by popularity rank. At several depths a copy of the model learns task 3 next; and so does another copy, the control,
-that has no free conv weight for it, so that it trains a head and an update of the item embedding alone.
+For every prune ratio, one model learns task 1 and then parts of task 2, whose targets are dealt out in order of
+frequency, so that the parts are alike. At each depth, a copy of the model learns task 3. A second copy is the control:
+without free conv weights, it learns task 3 by a head and an update of the item embedding alone.
 
 READS  the task files in data_dir
 WRITES to output_dir: a folder per seed, from which an interrupted run resumes; capacity.csv; capacity.png, if
@@ -31,22 +31,22 @@ import pruning
 from pruning import Stage
 from tools.comparisons import networks, study
 
-SPLIT_TASK, NEXT_TASK = 2, 3  # whose targets are split, and which task is learned at each depth
+SPLIT_TASK, NEXT_TASK = 2, 3  # the task that is split into parts, and the task that is learned at each depth
 
 
 @dataclass
 class Hyperparameters(study.Settings):
     output_dir: str = "checkpoints/capacity"  # a folder per seed, capacity.csv and capacity.png
-    percents: Annotated[tuple[int, ...], Range(1, 99)] = (50, 60, 70, 80, 90, 95)  # prune ratios to try, in per cent
-    depths: Annotated[tuple[int, ...], Range(1, pruning.MAX_TASKS - 1)] = (1, 4, 9)  # tasks learned before task 3
-    overwrite: bool = False  # replace the table and picture of an earlier run; its checkpoints stay
+    percents: Annotated[tuple[int, ...], Range(1, 99)] = (50, 60, 70, 80, 90, 95)  # prune ratios in %; original: 70
+    depths: Annotated[tuple[int, ...], Range(1, pruning.MAX_TASKS - 1)] = (1, 4, 9)  # numbers of tasks before task 3
+    overwrite: bool = False  # replace the table and figure of an earlier run; its checkpoints stay
 
 
 class Capacity(study.Study):
-    """All models of one seed."""
+    """All models with one seed."""
 
     def parts(self, count: int) -> list[data_loader.TaskData]:
-        """Task 2's data split into `count` tasks; each has every `count`-th target in order of frequency."""
+        """Task 2's data split into `count` tasks; each gets every `count`-th target in order of frequency."""
         hp = self.settings(SPLIT_TASK, "tp")
         with open(hp.data_path, encoding="utf-8") as file:
             lines = [line.rstrip("\n").split(",,") for line in file]
@@ -62,7 +62,7 @@ class Capacity(study.Study):
         return data
 
     def first(self, folder: Path, ratio: float) -> None:
-        """Task 1 pruned by `ratio`, in `folder`. It is trained once for all ratios, as training precedes pruning."""
+        """Task 1 pruned with `ratio`, in `folder`; trained once for all ratios, as training precedes pruning."""
         path = checkpoint.path_of(str(folder), Stage(1, "tp"))
         if os.path.exists(path):
             return
@@ -83,7 +83,7 @@ class Capacity(study.Study):
         checkpoint.save(path, content)
 
     def model(self, percent: int, parts: list[data_loader.TaskData]) -> Iterator[dict[str, Any]]:
-        """Learns task 1 and all `parts` with one prune ratio; yields a row for task 1 and for every depth."""
+        """Learns task 1 and all `parts` with one prune ratio; yields a row for task 1, and two for every depth."""
         ratio, folder = percent / 100, self.folder / f"ratio_{percent}"
         self.first(folder, ratio)
         for number in range(1, len(parts) + 2):
@@ -102,7 +102,7 @@ class Capacity(study.Study):
                 yield self.row(percent, NEXT_TASK, number, folder / f"control_{number}", control=True)
 
     def control(self, folder: Path, learned: int) -> None:
-        """Learns task 3 without conv weights of its own, for as many epochs: free weights are zero, and stay."""
+        """Learns task 3 without conv weights of its own, in as many epochs: the free weights are zero and frozen."""
         name = checkpoint.path_of("", Stage(learned, "ret"))
         content, _ = checkpoint.load(str(folder.parent / name))
         for layer, owner in [(key, value) for key, value in content["model"].items() if key.endswith(".owner")]:
@@ -115,7 +115,7 @@ class Capacity(study.Study):
         self.learn(folder, hp, stage, data, loss, str(folder / name), networks.HeadOnly, prunes=False)
 
     def next_task(self, folder: Path, learned: int, ratio: float) -> None:
-        """Learns task 3 after `learned` tasks."""
+        """Trains, prunes and retrains task 3 after `learned` tasks."""
         for mode in ("tp", "ret"):
             home = folder.parent if mode == "tp" else folder
             start = checkpoint.path_of(str(home), checkpoint.stage_before(Stage(learned + 1, mode)))
@@ -135,11 +135,11 @@ class Capacity(study.Study):
 
 
 def plot(table: pd.DataFrame, path: str) -> None:
-    """Task 1 and the next task against the prune ratio; the next task against the number of tasks learned before."""
+    """Task 1 and task 3 against the prune ratio; task 3 against the number of tasks learned before it."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
-        print(f"{path} is left out: it takes matplotlib (.venv/bin/python -m pip install matplotlib)")
+        print(f"no {path}: matplotlib is missing: .venv/bin/python -m pip install matplotlib")
         return
     table = table.assign(control=table["free"] == 0)
     kinds = ["task", "learned_before", "prune_ratio", "control"]
@@ -183,6 +183,7 @@ def main(hp: Hyperparameters) -> None:
     with whole_file(path) as file:
         table.to_csv(file, index=False)
     print(table.to_string(index=False))
+    print(f"wrote {path}")
     plot(table, picture)
 
 

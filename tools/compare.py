@@ -1,11 +1,11 @@
-"""Compare two checkpoint folders task by task: the difference of their test scores, and how well it is known.
+"""Compare two chains task by task: the paired difference of their test scores, with a 95 % interval.
 
-Both must have learned a task from the same data with the same split. The difference is paired: each test example counts
-with what one chain gains on it over the other. Its interval comes from a bootstrap over users (95 %). If the ranks of
-the two leave out other targets, those among all targets are compared.
+Both chains must have learned a task from the same data with the same split. The difference is taken example by example;
+its interval is a bootstrap over users. If the ranks of the two leave out different targets, the ranks among all targets
+are compared.
 
-READS  the newest checkpoint of A and of B, and the ranks of the test examples that it keeps
-NEXT   the same with other seeds and splits: an interval of one pair of runs leaves out what another seed would change
+READS  the newest checkpoint in folder A and in folder B, which hold the ranks of the test examples
+NEXT   repeat it with other seeds and splits: one pair of runs shows the variance over users, not that over seeds
 """
 
 from dataclasses import dataclass, replace
@@ -21,8 +21,8 @@ import numpy as np
 
 @dataclass
 class Hyperparameters:
-    a: str = positional()  # a checkpoint folder
-    b: str = positional()  # another one
+    a: str = positional()  # checkpoint folder of one chain
+    b: str = positional()  # checkpoint folder of the other
 
 
 def tasks_of(folder: str) -> dict[int, dict[str, Any]]:
@@ -30,12 +30,12 @@ def tasks_of(folder: str) -> dict[int, dict[str, Any]]:
 
 
 def check_comparable(task: int, a: dict[str, Any], b: dict[str, Any]) -> None:
-    """InputError if the records of two tasks are not of the same test examples, or have other metrics."""
+    """InputError if the two records differ in data, split, metric or top_k."""
     found = [(each["data_digest"], each["split"], *scored_by(each)) for each in (a, b)]
     for first, second, meant in zip(*found, ("data", "splits", "metrics", "values of top_k")):
         if first != second:
             shown = "" if meant == "data" else f" ({first} and {second})"
-            raise InputError(f"task {task} has other {meant} in the two folders{shown}: compare what was scored alike")
+            raise InputError(f"task {task}: the two folders differ in {meant}{shown}: compare chains that share them")
 
 
 def scored_by(record: dict[str, Any]) -> tuple[str, int]:
@@ -43,7 +43,7 @@ def scored_by(record: dict[str, Any]) -> tuple[str, int]:
 
 
 def values(record: dict[str, Any], raw: bool) -> tuple[np.ndarray, np.ndarray]:
-    """What a task's first test score is the mean of, and the user of each; `raw`: by the ranks among all targets."""
+    """A task's first test metric of each example, and their users; `raw`: by the ranks among all targets."""
     ranks = Ranks.from_tensors(record["ranks"])
     if raw:
         ranks = replace(ranks, ranks=ranks.raw, position_ranks=ranks.raw[:0])
@@ -54,7 +54,7 @@ def main(hp: Hyperparameters) -> None:
     a, b = tasks_of(hp.a), tasks_of(hp.b)
     for task in sorted(a.keys() & b.keys()):
         check_comparable(task, a[task], b[task])
-        raw = a[task]["protocol"] != b[task]["protocol"]  # one of them left other targets out: then nothing is
+        raw = a[task]["protocol"] != b[task]["protocol"]  # they leave out different targets, so compare all targets
         (first, users), (second, _) = values(a[task], raw), values(b[task], raw)
         name = next(name for name in a[task]["results"][a[task]["state"]]["test"] if name.endswith("_raw") or not raw)
         low, high = metrics.interval([(second - first, users)])

@@ -1,9 +1,16 @@
 """Write the top-k items or classes of a task for every row of a data file, as tokens of the data.
 
-READS  a serving file, from tools.export; a data file of any task, or any file in that format
-WRITES output, or the terminal: user,rank,target,score, one line a recommendation; scores are logits, comparable within
+READS  a serving file, from tools.export; a data file of any task, or any file of `item,item,…` lines
+WRITES output, or the terminal: user,rank,target,score, one recommendation a line; scores are logits, comparable within
        a user only
 NEXT   your own application
+
+Recommendations for tomorrow need rows that hold the whole history. Task files end earlier: with the default
+`--history 0.8`, they stop at 80 % of each user's history, as the rest is what later tasks predict. So make a file of
+whole histories for serving: give Data.from_interactions the flags that made the training data, but no --task, with
+`--history 1 --min_rows 1` and a folder of its own:
+    python -m Data.from_interactions --interactions TABLE … --history 1 --min_rows 1 --output_dir whole
+    python -m tools.recommend --task 2 --data_path whole/original_desen_pretrain.csv --ids whole/users.csv
 """
 
 import contextlib
@@ -25,13 +32,13 @@ from tools.serving.served import Served, Source
 
 @dataclass
 class Hyperparameters(Source):
-    top_k: Count = 10  # how many for each row
-    exclude_seen: Literal["auto", "yes", "no"] = "auto"  # leave out the row's own items; auto: if its ranks did (known)
-    output: str = ""  # a .csv file; empty: the terminal
+    top_k: Count = 10  # recommendations per row
+    exclude_seen: Literal["auto", "yes", "no"] = "auto"  # no items of the row; auto: if the task has leave_out known
+    output: str = ""  # .csv file to write; empty: the terminal
 
 
 def table(users: list[str], targets: np.ndarray, scores: np.ndarray, tokens: np.ndarray) -> pd.DataFrame:
-    """One line for each of `targets` (B, k), except where its score is -inf."""
+    """One line for each of the `targets` (B, k) whose score is not -inf."""
     row, place = np.nonzero(scores > -np.inf)
     columns = {"user": np.array(users, dtype=object)[row], "rank": place + 1}
     return pd.DataFrame(columns | {"target": tokens[targets[row, place]], "score": scores[row, place]})
@@ -44,7 +51,7 @@ def main(hp: Hyperparameters) -> None:
         hp.check_output(hp.output)
     served = Served(hp, pick_device(hp.device))
     if hp.exclude_seen == "yes" and served.metric == "accuracy":
-        raise InputError(f"--exclude_seen is for tasks of items: task {hp.task} has classes, of which no row holds one")
+        raise InputError(f"--exclude_seen yes: task {hp.task} learns classes, which no row holds: leave it out")
     exclude_seen = hp.exclude_seen == "yes" or (hp.exclude_seen == "auto" and served.leave_out == "known")
     tokens = np.array(served.targets.tokens, dtype=object)
     with whole_file(hp.output) if hp.output else contextlib.nullcontext(sys.stdout.buffer) as file:

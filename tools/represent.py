@@ -1,10 +1,12 @@
 """Write the user representation of every row of a data file, in file order.
 
-READS  a serving file, from tools.export; a data file of any task, or any file in that format
-WRITES output, by its ending:  .npy      float32 (rows, channels), the rows as in the data file
+READS  a serving file, from tools.export; a data file of any task, or any file of `item,item,…` lines
+WRITES output, by its ending:  .npy      float32 (rows, channels), rows in the order of the data file
                                .csv      user, then a column for each channel
                                .parquet  the same; needs pyarrow
 NEXT   your own model, nearest-neighbour index or dashboard
+
+For representations of users as of today, give rows of whole histories: python -m tools.recommend --help says how.
 """
 
 import itertools
@@ -24,18 +26,18 @@ import pandas as pd
 
 from tools.serving.served import Served, Source
 
-BLOCKS_A_GROUP = 64  # of the parquet file: 16,384 rows
+BLOCKS_A_GROUP = 64  # per row group of a parquet file: 16,384 rows
 
 Blocks = Iterator[tuple[list[str], np.ndarray]]  # users, and their representations (B, C) float32
 
 
 @dataclass
 class Hyperparameters(Source):
-    output: str = "users.npy"  # .npy, .csv or .parquet
+    output: str = "users.npy"  # file to write: .npy, .csv or .parquet
 
 
 def write_npy(file: BinaryIO, blocks: Blocks) -> None:
-    """The number of rows is known at the end only; the header has room for any, so it is written again then."""
+    """Writes the header first without, and at the end with the number of rows; its size is the same."""
     count, header = 0, {"descr": "<f4", "fortran_order": False}
     for _, block in blocks:
         if count == 0:
@@ -59,7 +61,7 @@ def write_csv(file: BinaryIO, blocks: Blocks) -> None:
 
 
 def write_parquet(file: BinaryIO, blocks: Blocks) -> None:
-    """In row groups of many blocks, because the writer keeps the metadata of each group in memory."""
+    """Writes row groups of many blocks, because the writer keeps the metadata of each group in memory."""
     import pyarrow
     import pyarrow.parquet
 

@@ -1,6 +1,6 @@
-"""Methods without a model: counts over the training part score the targets. <UNK> and padding never count.
+"""Methods without a model: they score targets by counts over the training set. <UNK> and padding are never counted.
 
-The forms were chosen on validation (MovieLens with ties in random order), which the docstrings' scores are of.
+The variants were chosen by validation on MovieLens with ties in random order; the docstrings give validation scores.
 """
 
 from collections.abc import Callable
@@ -13,19 +13,19 @@ import torch
 
 from data_loader import TaskData
 
-PLACES = 10  # how far back task 1 looks
-MAX_PAIRS = 1 << 27  # if no two are equal, counting so many takes 11 GB
+PLACES = 10  # context of the Markov chain of task 1, in items
+MAX_PAIRS = 1 << 27  # counting so many takes 11 GB if all are distinct
 
-Scores = Callable[[int, int], np.ndarray]  # number of a row, and places of it that are seen → a score for every target
+Scores = Callable[[int, int], np.ndarray]  # number of a row, and how many of its places are visible → (targets,)
 
 
 class Table:
-    """A sparse matrix, made of (row, column, value); values of one place are added up."""
+    """A sparse matrix from triples (row, column, value); values of duplicate places are summed."""
 
     def __init__(self, rows: np.ndarray, columns: np.ndarray, values: np.ndarray, height: int, width: int):
         keys, place = np.unique(rows.astype(np.int64) * width + columns, return_inverse=True)
         self.values, self.columns, self.width = np.bincount(place, values), keys % width, width
-        self.first = np.searchsorted(keys, np.arange(height + 1) * width)  # of each row in the other two
+        self.first = np.searchsorted(keys, np.arange(height + 1) * width)  # of each row in `values` and `columns`
 
     def weighted_sum(self, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
         total = np.zeros(self.width)
@@ -36,18 +36,18 @@ class Table:
 
 
 def only_items(data: TaskData, ids: np.ndarray) -> np.ndarray:
-    """The ids, 0 for padding."""
+    """The ids, with padding replaced by 0."""
     return np.where(ids == data.padding_id, 0, ids)
 
 
 def check_size(data: TaskData, distances: int = 1) -> None:
     pairs = len(data.splits["train"]) * data.rows.shape[1] * distances
     if pairs > MAX_PAIRS:
-        raise InputError(f"{data.path}: too large for `counting`: {pairs:,} pairs of ids, more than {MAX_PAIRS:,}")
+        raise InputError(f"{data.path}: too large for `counting`: {pairs:,} pairs of ids, limit {MAX_PAIRS:,}")
 
 
 def pair_counts(data: TaskData) -> tuple[np.ndarray, Table]:
-    """The items of each row, (U, T), 0 for repeats; the number of training examples with an item and a target."""
+    """The items of each row (U, T), 0 for repeats; and how many training examples have an item and a target."""
     check_size(data)
     items = ranking.without_repeats(np.sort(only_items(data, data.rows), axis=1))
     train = data.splits["train"]
@@ -62,11 +62,11 @@ def frequencies(data: TaskData) -> np.ndarray:
 
 
 def markov(data: TaskData) -> Scores:
-    """Σ P(t | i) / k over the items i of the last ten places, k = 1 for the last one.
+    """Markov chain: Σ P(t | i) / k over the last ten items i, k = 1 for the last one.
 
-    P(t | i) is the share of t in what follows i within ten places, each counted as 1 / distance. At all positions of
-    the sequences MRR@5 is 0.058; counts as they are, not shares, give 0.057, all places alike in the counts 0.057, in
-    the sum 0.046, and the last place alone 0.044.
+    P(t | i) is the share of t among the items that follow i within ten places, each weighted by 1 / distance. MRR@5 at
+    all positions is 0.058. With counts in place of shares it is 0.057; without weights in the counts 0.057; without
+    weights in the sum 0.046; with the last item alone 0.044.
     """
     check_size(data, PLACES)
     train, size, pairs = data.splits["train"], len(data.items), []
@@ -86,7 +86,7 @@ def markov(data: TaskData) -> Scores:
 
 
 def cosine(data: TaskData) -> Scores:
-    """Σ n(i, t) / √(n(i) n(t)) over the items i of the row; n counts the training examples that have i, t or both."""
+    """Σ n(i, t) / √(n(i) n(t)) over the items i of the row; n counts training examples with i, with t, or with both."""
     items, both = pair_counts(data)
     train, of_target = data.splits["train"], frequencies(data).clip(1)
     of_item = np.bincount(items[data.users[train]].ravel(), minlength=len(data.items)).clip(1)
@@ -99,9 +99,9 @@ def cosine(data: TaskData) -> Scores:
 
 
 def naive_bayes(data: TaskData) -> Scores:
-    """log P(c) + Σ log P(i | c) over the items i of the row: multinomial, both with Laplace smoothing.
+    """log P(c) + Σ log P(i | c) over the items i of the row: multinomial naive Bayes, Laplace smoothing in both terms.
 
-    The Bernoulli form is as good (0.719).
+    Bernoulli naive Bayes is as good (accuracy 0.719).
     """
     items, both = pair_counts(data)
     kinds = np.count_nonzero(only_items(data, np.arange(len(data.items))))
@@ -119,7 +119,7 @@ METHODS = (markov, cosine, cosine, naive_bayes)  # for tasks 1 to 4
 
 
 class CountScorer(ranking.Scorer):
-    """A state is a row's number, and how many of its places are seen."""
+    """Ranks by `scores_of`. A state is a row's number, and how many of its places are visible."""
 
     device = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""What each method that has a model learns, step by step."""
+"""The training steps of each method that has a model."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -14,16 +14,16 @@ LATER = TASKS[1:]
 
 @dataclass(frozen=True)
 class Step:
-    """The learning of one task by one method, from checkpoint to checkpoint."""
+    """Training of one task by one method, from checkpoint to checkpoint."""
 
     method: str
-    task: int  # whose data it learns
+    task: int  # whose data it trains on
     mode: str = "tp"
-    start: "Step | None" = None
+    start: "Step | None" = None  # whose checkpoint it starts from; None: random initial weights
     network: type[NextItNet] = NextItNet
-    number: int = 0  # of the task in the model, where it is another
-    beside: str = ""  # what of other tasks it learns beside its own: "task 1", "replay" or "distillation"
-    head: str = ""  # "random": drawn at random; else as the scripts have it, from task 1's where that helps
+    number: int = 0  # of the task in the model; 0: that of the data
+    beside: str = ""  # what else is in the loss: "task 1" (joint training), "replay" or "distillation"
+    head: str = ""  # initial head: "random", else the scripts' (`informed_head`)
 
     @property
     def stage(self) -> Stage:
@@ -34,7 +34,7 @@ class Step:
         return self.network in (NextItNet, FrozenHead, FrozenEmbedding)
 
     def variants(self) -> list["Step"]:
-        """With either start of the head, where the step may choose; Conure keeps to its own, which is a part of it."""
+        """The step with either initial head, of which the better counts. Conure and its ablations have one variant."""
         if self.prunes or self.start is None:
             return [self]
         return [replace(self, head=head) for head in ("informed", "random")]
@@ -43,7 +43,7 @@ class Step:
 def chain(
     method: str, stages: Iterable[tuple[int, str]], before: Iterable[Step] = (), **fields: str | int | type[NextItNet]
 ) -> list[Step]:
-    """The steps `before`, then one for each (task, mode), each from the checkpoint of the step before it."""
+    """The steps `before`, then a step for each (task, mode), each from the checkpoint of its predecessor."""
     steps = [*before]
     for task, mode in stages:
         steps.append(Step(method, task, mode, steps[-1] if steps else None, **fields))
@@ -51,12 +51,12 @@ def chain(
 
 
 def one_model(method: str, network: type[NextItNet], beside: str = "") -> list[Step]:
-    """One model trained task after task, from the SinMo of task 1 on."""
+    """One model trained task after task, starting from the SinMo of task 1."""
     return chain(method, [(task, "tp") for task in LATER], SINMO[:1], network=network, beside=beside)
 
 
 def from_task_1(method: str, network: type[NextItNet], first: Step | None = None) -> list[Step]:
-    """Each later task from the model of task 1: SinMo's, or `first`'s."""
+    """Each later task starts from the model of task 1: SinMo's, or that of `first`."""
     first = first or SINMO[0]
     return [first, *(Step(method, task, "tp", first, network) for task in LATER)]
 
@@ -83,7 +83,7 @@ METHODS = {
     "frozen_embedding": chain("frozen_embedding", LATER_STAGES, CONURE[:2], network=FrozenEmbedding),
     "Conure": CONURE,
 }
-# Those whose last model serves all tasks; the others keep what each task trained.
+# Methods whose last model serves all tasks; the others keep a model, or a part of one, for each task.
 CHAINS = (
     "SinMoAll",
     "LwF",
@@ -95,4 +95,4 @@ CHAINS = (
     "frozen_embedding",
     "Conure",
 )
-FORGETTING = ("SinMoAll", "LwF", "replay", "Conure")  # shown with the scores of each task after each further one
+FORGETTING = ("SinMoAll", "LwF", "replay", "Conure")  # methods in the forgetting table

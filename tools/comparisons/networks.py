@@ -1,4 +1,4 @@
-"""The networks that Conure is compared with, and the losses that keep earlier tasks in view."""
+"""The networks that Conure is compared with, and the losses of joint training, replay and distillation."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,19 +16,19 @@ from data_loader import Batch
 from nextitnet import CausalConv, NextItNet
 from pruning import Stage
 
-ADAPTER_SHARE = 4  # channels of the network per channel of an adapter
-TEMPERATURE = 2.0  # of the softmax of distilled answers, as in Learning without Forgetting
+ADAPTER_SHARE = 4  # reduction of an adapter's bottleneck: channels of the network per channel of the adapter
+TEMPERATURE = 2.0  # of the softmax in distillation, as in Learning without Forgetting
 
 
 def only_named(model: nn.Module, chosen: Callable[[str], bool]) -> list[nn.Parameter]:
-    """Enables gradients for the parameters whose names are `chosen`, disables all others, and returns the former."""
+    """Freezes all parameters but those whose names are `chosen`, and returns these."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(chosen(name))
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 class Unprotected(NextItNet):
-    """Trains everything except the heads of other tasks. It is never pruned, so all weights stay free."""
+    """Trains all weights but the heads of other tasks. It is never pruned, so all weights stay free."""
 
     def train_only(self, stage: Stage) -> list[nn.Parameter]:
         own = f"heads.{stage.task}."
@@ -36,23 +36,23 @@ class Unprotected(NextItNet):
 
 
 class AllHeads(NextItNet):
-    """Trains everything, the heads of other tasks too."""
+    """Trains all weights, the heads of other tasks included."""
 
     def train_only(self, stage: Stage) -> list[nn.Parameter]:
         return only_named(self, lambda name: True)
 
 
 class Joint(AllHeads):
-    """Task 1 and another one, with task 1's tables."""
+    """Task 1 and another task; `table_rate` applies to task 1's tables."""
 
     def tables(self, task: int) -> set[nn.Parameter]:
         return super().tables(1)
 
 
 class FrozenHead(NextItNet):
-    """Conure, but a head that starts as task 1's stays so: the free conv weights are all that the task trains.
+    """Conure with frozen heads where they are initialised from task 1's, so that the task trains no head weights.
 
-    A head with no such start is trained, as gender's is.
+    A head without such a start, as gender's, is trained.
     """
 
     def train_only(self, stage: Stage) -> list[nn.Parameter]:
@@ -63,21 +63,21 @@ class FrozenHead(NextItNet):
 
 
 class FrozenEmbedding(NextItNet):
-    """Conure, but no task updates the item embedding."""
+    """Conure without updates of the item embedding."""
 
     def add_update(self, task: int, rank: int) -> None:
         pass
 
 
 class HeadOnly(NextItNet):
-    """Trains the head alone, and the task's update of the item embedding if it has one."""
+    """Trains the head, and the task's update of the item embedding if there is one."""
 
     def train_only(self, stage: Stage) -> list[nn.Parameter]:
         return only_named(self, lambda name: name.startswith((f"heads.{stage.task}.", f"updates.{stage.task}.")))
 
 
 class Adapter(nn.Module):
-    """x + up(relu(down(x))); initially the identity, as `up` starts at zero."""
+    """x + up(relu(down(x))); initially the identity, as `up` is zero."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -91,8 +91,8 @@ class Adapter(nn.Module):
 
 
 class Adapted(NextItNet):
-    """An adapter behind every convolution: "Parameter-Efficient Transfer from Sequential Behaviors for User Modeling
-    and Recommendation" (Yuan et al., SIGIR 2020), serial insertion."""
+    """PeterRec: a serial adapter behind every convolution. "Parameter-Efficient Transfer from Sequential Behaviors for
+    User Modeling and Recommendation" (Yuan et al., SIGIR 2020)."""
 
     def add_head(self, task: int, size: int, bias: bool = False) -> None:
         new = str(task) not in self.heads
@@ -108,7 +108,7 @@ class Adapted(NextItNet):
 
 @torch.no_grad()
 def add_item_head(model: NextItNet, data: data_loader.TaskData, task: int) -> None:
-    """A head for the task that scores a target as task 1 scores the item of that token; no item ranks last."""
+    """Adds a head that scores each target as task 1 scores the item of its token; -inf if there is no such item."""
     model.add_head(task, len(data.target_vocabulary), bias=True)
     items, first, head = items_of_targets(data), model.head(1), model.head(task)
     head.weight.copy_(first.weight[items])
@@ -116,7 +116,7 @@ def add_item_head(model: NextItNet, data: data_loader.TaskData, task: int) -> No
 
 
 class Memory(NamedTuple):
-    """Training examples of another task, and how many a batch takes."""
+    """Training examples of another task, with its loss and batch size."""
 
     task: int
     data: data_loader.TaskData
@@ -126,7 +126,7 @@ class Memory(NamedTuple):
 
 
 class JointLoss:
-    """The task's loss plus that of another task on a batch drawn from its memory; which task, is drawn too."""
+    """The task's loss plus the loss of another task, drawn at random, on a batch drawn from its memory."""
 
     def __init__(self, own: losses.Loss, memories: list[Memory]):
         self.own, self.memories = own, memories
@@ -139,13 +139,13 @@ class JointLoss:
 
 
 def draw(size: int, count: int, generator: torch.Generator) -> np.ndarray:
-    """Numbers below `size`, (count,)."""
+    """Random numbers below `size`, (count,)."""
     return torch.randint(size, (count,), generator=generator).numpy()
 
 
 class DistilledLoss:
-    """The task's loss plus, for every earlier task, the cross entropy of its answers to the task's inputs with those
-    of the model `before`: "Learning without Forgetting" (Li & Hoiem, ECCV 2016), both with a weight of 1."""
+    """The task's loss plus a distillation loss per earlier task, each of weight 1: the cross entropy between its scores
+    for the task's inputs and those of the model `before`. "Learning without Forgetting" (Li & Hoiem, ECCV 2016)."""
 
     def __init__(self, own: losses.Loss, before: NextItNet):
         self.own, self.before = own, before.eval().requires_grad_(False)
@@ -160,7 +160,7 @@ class DistilledLoss:
         return loss
 
     def answers(self, model: NextItNet, rows: Tensor, task: int, mode: str) -> Tensor:
-        """Logits (R, targets but <UNK>), softened. Task 1 never saw what separates a sequence from its target."""
+        """Logits (R, targets without <UNK>) over the temperature. Task 1's inputs have no separator."""
         seen = rows[:, :-1] if task == 1 else rows
         padded = F.pad(seen, (0, 0, 0, -len(seen) % losses.ENCODED_ROWS))
         return model.scores(padded, Stage(task, mode))[: len(seen), 1:].float() / TEMPERATURE

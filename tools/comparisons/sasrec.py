@@ -1,7 +1,8 @@
-"""SASRec, the network: "Self-Attentive Sequential Recommendation" (Kang & McAuley, ICDM 2018).
+"""The network of SASRec: "Self-Attentive Sequential Recommendation" (Kang & McAuley, ICDM 2018).
 
-It is trained as NextItNet is: task 1 has the scripts' sampled softmax, not the paper's one negative per position. Item
-embeddings are not scaled by sqrt(C): scaled, `table_rate` 10 overfits (MRR@5 0.032, unscaled 0.045, on validation).
+It is trained as NextItNet is, so task 1 uses the scripts' sampled softmax in place of the paper's one negative per
+position. Item embeddings are not scaled by sqrt(C), because with `table_rate` 10 they then overfit (validation MRR@5
+0.032; unscaled 0.045).
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ LAYERS = 2  # of one attention head each
 
 
 class Projection(OwnedWeight):
-    """x @ weight.T + bias; of the owned weights, which a stage counts, though here they stay free."""
+    """x @ weight.T + bias. An owned weight, because stages count those; here it stays free."""
 
     def __init__(self, channels: int):
         super().__init__(channels, channels)
@@ -40,7 +41,7 @@ class Layer(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor, stage: Stage, visible: Tensor, wanted: slice) -> Tensor:
-        """(B, T, C) → (B, positions `wanted`, C); `visible` (B, T, T) has the positions that each one attends to."""
+        """(B, T, C) → (B, positions `wanted`, C); `visible` (B, T, T) is the attention mask."""
         normed = self.ln1(x)
         query, key, value = self.query(normed[:, wanted], stage), self.key(normed, stage), self.value(normed, stage)
         attended = F.scaled_dot_product_attention(query, key, value, visible[:, wanted])
@@ -49,7 +50,7 @@ class Layer(nn.Module):
 
 
 class SASRec(Unprotected):
-    """Of NextItNet it has the embeddings of items and positions and the heads."""
+    """Shares the item and position embeddings and the heads with NextItNet."""
 
     def __init__(
         self,
@@ -61,7 +62,7 @@ class SASRec(Unprotected):
         tied: bool = True,
         padding: int = -1,
     ):
-        """`dilations` and `kernel_size` are NextItNet's; `padding` is the id that no position attends to."""
+        """`dilations` and `kernel_size` are NextItNet's and unused; no position attends to the id `padding`."""
         super().__init__(items, channels, (), kernel_size, positions, tied)
         self.architecture |= {"padding": padding}
         self.layers = nn.ModuleList(Layer(channels, self.dropout) for _ in range(LAYERS))
@@ -71,10 +72,10 @@ class SASRec(Unprotected):
         """Hidden states (B, T, C); with `last_only` (B, 1, C)."""
         time, positions = ids.shape[1], self.position.num_embeddings
         places = torch.arange(time, device=ids.device)
-        # Counted from the right, because padding is on the left.
+        # Positions count from the right, because padding is on the left.
         x = self.dropout(self.embedding(ids) + self.position((places - time + positions).clamp(min=0)))
         causal, itself = places[:, None] >= places, places[:, None] == places
-        visible = causal & (ids != self.architecture["padding"])[:, None] | itself  # padding too attends to something
+        visible = causal & (ids != self.architecture["padding"])[:, None] | itself  # so that no row of it is empty
         for layer in self.layers:
             last = last_only and layer is self.layers[-1]
             x = layer(x, stage, visible, slice(-1, None) if last else slice(None))

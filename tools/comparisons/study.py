@@ -1,4 +1,4 @@
-"""Stages outside the chain of the eight scripts, with the scripts' own settings, data and losses."""
+"""Training stages of the studies, with the settings, data and losses of the eight scripts."""
 
 import contextlib
 import multiprocessing
@@ -28,33 +28,33 @@ from pruning import Stage
 
 T = TypeVar("T")
 
-ARCHITECTURE = ("kernel_size", "positional_embedding", "tied")  # which only the script that begins a model has
-METRIC = {4: "accuracy"}  # of the tasks that are not scored by ranking, as in their scripts
+ARCHITECTURE = ("kernel_size", "positional_embedding", "tied")  # settings that only conure_tp_t1.py has
+METRIC = {4: "accuracy"}  # of the tasks that are not evaluated by ranking, as in their scripts
 
 
 @dataclass
 class Settings:
-    data_dir: str = "Data/Session"  # where the task files are
+    data_dir: str = "Data/Session"  # folder of the task files
     output_dir: str = "checkpoints/study"  # finished stages are skipped, unfinished ones resume
-    seeds: Count = 5  # how many runs of each kind
-    first_seed: SplitSeed = 10  # of the first run and its split; each further one counts up
+    seeds: Count = 5  # number of runs, each with a seed and a split of its own
+    first_seed: SplitSeed = 10  # seed of the first run and of its split; the next runs count up
     device: Device = "auto"  # auto: cuda if there is a GPU
     channels: Width = 64  # width of the embedding and of every layer
     dilations: Dilations = (1, 4, 1, 4)  # one residual block each
-    first_epochs: Count = 30  # of task 1 in tp
-    first_ret_epochs: Count = 6  # of task 1 in ret
-    epochs: Count = 4  # of every other task in tp
-    ret_epochs: Count = 12  # of tasks 2 and 3 in ret
-    batch_size: Count = 512  # of tasks 2 and 3
-    learning_rate: Positive = 3e-3  # of tasks 2 and 3
-    later_test_fraction: Share = 0.2  # share held out in tasks 2 to 4; 0.9 leaves a tenth of the examples to train on
-    class_ret_epochs: Count = 4  # of task 4 in ret
-    class_batch_size: Count = 128  # of task 4
-    class_learning_rate: Positive = 1e-3  # of task 4
+    first_epochs: Count = 30  # epochs of task 1 in tp
+    first_ret_epochs: Count = 6  # epochs of task 1 in ret
+    epochs: Count = 4  # epochs of tasks 2 to 4 in tp
+    ret_epochs: Count = 12  # epochs of tasks 2 and 3 in ret
+    batch_size: Count = 512  # of tasks 2 and 3, in examples
+    learning_rate: Positive = 3e-3  # of Adam in tasks 2 and 3
+    later_test_fraction: Share = 0.2  # share held out in tasks 2 to 4; 0.9 leaves a tenth of the examples for training
+    class_ret_epochs: Count = 4  # epochs of task 4 in ret
+    class_batch_size: Count = 128  # of task 4, in examples
+    class_learning_rate: Positive = 1e-3  # of Adam in task 4
 
 
 class StudyFiles(StageFiles):
-    """A stage that starts from the checkpoint named, or from nothing, wherever it stands."""
+    """A stage that starts from any checkpoint, or from scratch (None)."""
 
     def __init__(self, start: str | None, network: Callable[..., NextItNet], *arguments: Any):
         self.start, self.network = start, network
@@ -64,11 +64,11 @@ class StudyFiles(StageFiles):
         return self.start
 
     def next_command(self) -> str:
-        return "as before, for what is left"
+        return "-m tools.NAME, as before"
 
 
 class Study:
-    """What all runs with one seed share."""
+    """Settings, data and training of all runs with one seed."""
 
     def __init__(self, hp: Settings, seed: int):
         self.hp, self.seed = hp, seed
@@ -76,10 +76,10 @@ class Study:
         self.loaded: dict[int, data_loader.TaskData] = {}
 
     def settings(self, task: int, mode: str, **changes: Any) -> SimpleNamespace:
-        """The task's script's, with the architecture and the changes that the tool's block asks for."""
+        """The settings of the task's script, changed by those of the study and by `changes`."""
         hp, first, block = self.hp, of_script("conure_tp_t1.py"), of_script(f"conure_{mode}_t{task}.py")
         values = {name: getattr(first, name) for name in ARCHITECTURE} | vars(block)
-        values |= {"seed": self.seed, "split_seed": self.seed}  # spreads are of both
+        values |= {"seed": self.seed, "split_seed": self.seed}  # so that the spread over runs is of both
         values["index_path"] = str(self.folder / "index.csv")
         values["data_path"] = os.path.join(hp.data_dir, os.path.basename(block.data_path))
         values |= {name: getattr(hp, name) for name in ("device", "channels", "dilations")}
@@ -117,25 +117,25 @@ class Study:
         metric: str = "ranking",
         prunes: bool = True,
     ) -> None:
-        """One stage from the checkpoint `start` to one in `folder`, unless that is finished.
+        """Trains one stage from the checkpoint `start` and saves it in `folder`, unless it is finished already.
 
-        With `prunes` it is pruned after tp, as in the scripts. What is printed goes to log.txt.
+        With `prunes`, tp prunes after training, as the scripts do. Output goes to log.txt.
         """
         folder.mkdir(parents=True, exist_ok=True)
         hp.checkpoint_dir = str(folder)
         hp.tied = "yes" if is_tied(hp.tied, self.data(1)) else "no"  # also where a later task begins the model
         with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.suppress(NothingToDo):
             run = training.Run(hp, stage, data, metric, lambda *arguments: StudyFiles(start, network, *arguments))
-            run.train(loss, to_the_end=True)  # as one that is cut short would be compared with others that are not
+            run.train(loss, to_the_end=True)  # Ctrl-C must not cut a stage short that is compared with whole ones
             if prunes and stage.mode == "tp":
                 run.prune()
             run.save()
 
 
 def over_seeds(hp: Settings, one_seed: Callable[[Settings, int], T]) -> list[T]:
-    """one_seed(hp, seed) for every seed, in as many processes at a time as there are cores.
+    """one_seed(hp, seed) for every seed, with as many parallel processes as there are cores.
 
-    They have one thread each, as a second one gains nothing at these sizes.
+    Each has one thread, as a second one gains nothing at these sizes.
     """
     seeds = [(hp, seed) for seed in range(hp.first_seed, hp.first_seed + hp.seeds)]
     workers = min(len(seeds), torch.get_num_threads())
@@ -150,13 +150,13 @@ def over_seeds(hp: Settings, one_seed: Callable[[Settings, int], T]) -> list[T]:
             for process in multiprocessing.active_children():
                 process.terminate()
             if isinstance(error, BrokenProcessPool):
-                raise InputError("a seed's process was killed, perhaps for want of memory: run it again") from None
+                raise InputError("a seed's process was killed, maybe out of memory: run it again, it resumes") from None
             raise
         return [run.result() for run in runs]
 
 
 def start_worker() -> None:
-    """One thread, and an end with the process that started it, which alone answers Ctrl-C."""
+    """Limits this process to one thread, ignores Ctrl-C, which the parent handles, and ends with the parent."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()

@@ -7,7 +7,7 @@ from conure import metrics
 import numpy as np
 import pandas as pd
 
-Runs = Sequence[tuple[np.ndarray, np.ndarray]]  # of each seed: what a score is the mean of, and the user of each
+Runs = Sequence[tuple[np.ndarray, np.ndarray]]  # per seed: the score and the user of each example
 
 
 def line(*cells: str) -> str:
@@ -35,14 +35,14 @@ def mean(runs: Runs) -> float:
 
 
 def difference(ours: Runs, theirs: Runs) -> str:
-    """`+0.0031 [+0.0012, +0.0050]`: ours minus theirs, example by example."""
+    """`+0.0031 [+0.0012, +0.0050]`: ours minus theirs, paired by example."""
     runs = [(own - other, users) for (own, users), (other, _) in zip(ours, theirs)]
     low, high = metrics.interval(runs)
     return f"{mean(runs):+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def score_lines(table: pd.DataFrame, runs: dict[tuple[str, int], Runs]) -> list[str]:
-    """A row a method, with its score on every task and what it costs."""
+    """A row per method: its score on every task and its costs."""
     tasks = columns(table)
     lines = header("method", *tasks.values(), "trained, thousands", "MB for all tasks", "seconds")
     for method, rows in table.groupby("method", sort=False):
@@ -55,7 +55,7 @@ def score_lines(table: pd.DataFrame, runs: dict[tuple[str, int], Runs]) -> list[
 
 
 def difference_lines(table: pd.DataFrame, runs: dict[tuple[str, int], Runs], method: str) -> list[str]:
-    """A row for every other method: by how much `method` is better on every task."""
+    """A row for every other method: how much better `method` is on each task."""
     tasks = columns(table)
     lines = header(f"{method} minus", *tasks.values())
     for other in table["method"].unique():
@@ -66,7 +66,7 @@ def difference_lines(table: pd.DataFrame, runs: dict[tuple[str, int], Runs], met
 
 
 def forgetting_lines(table: pd.DataFrame) -> list[str]:
-    """A row a method and task, with its mean score after each further task."""
+    """A row per method and task: its mean score after each further task."""
     tasks = sorted(table["after"].unique())
     lines = header("method", "task", *(f"after task {task}" for task in tasks))
     for (method, task), rows in table.groupby(["method", "task"], sort=False):

@@ -1,15 +1,16 @@
 """The serving file: one task of a model, with the weights that it reads and nothing else.
 
     format         version of this layout
-    task, metric, leave_out   the task, how it is scored, and what its ranks leave out
-    architecture   the arguments of NextItNet
+    task, metric, leave_out   the task, how it is evaluated, and which targets its ranks leave out
+    architecture   arguments of NextItNet
     length         items in a row: shorter rows are padded on the left, longer ones lose their oldest items
     weights        embedding, its updates by tasks 2 to this one, position embedding, layer norms, and the task's head
-                   if that is not tied to the first
-    conv           of each conv layer: its shape, the mask of the weights that the task reads (one bit each), and those
-    items, targets the vocabularies, each as one uint8 tensor
+                   unless it is tied to the embedding
+    conv           per conv layer: shape, mask of the weights that the task reads (one bit each), and these weights
+    items, targets vocabularies, each as one uint8 tensor
 
-Written whole and sealed with a digest, as checkpoints are. Weights may be stored in 16 bits; computation is in float32.
+Like checkpoints, it is written atomically and sealed with a digest. Weights may be stored in 16 bits; computation is in
+float32.
 """
 
 import os
@@ -34,7 +35,7 @@ def path_of(folder: str, task: int) -> str:
 
 
 def extract(content: dict[str, Any], task: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The serving file's content, from a checkpoint's; tasks that were learned later do not change it."""
+    """The content of a serving file, from that of a checkpoint; later tasks do not change it."""
     record, state = content["tasks"][task], dict(content["model"])
     stage, conv = checkpoint.stage_of_state(task, record["state"]), {}
     for name in [name.removesuffix(".owner") for name in state if name.endswith(".owner")]:
@@ -60,7 +61,7 @@ def extract(content: dict[str, Any], task: int, dtype: torch.dtype) -> dict[str,
 
 
 def content_of(path: str) -> dict[str, Any] | None:
-    """None if `path` is missing, damaged or no serving file; its task and format may be any."""
+    """The content of a serving file of any task and format; None if `path` is missing, damaged or another file."""
     content, _ = load_sealed(path)
     return content if content and "conv" in content else None
 
@@ -74,19 +75,19 @@ def load(path: str, task: int) -> dict[str, Any]:
     """The serving file of `task`; InputError if it is missing, damaged, or of another task."""
     export = f"python -m tools.export --task {task}"
     content = content_of(path)
-    if content is None:  # it may be a checkpoint, or be named as one, so no message proposes to write there
+    if content is None:  # `path` may be a checkpoint, so the message must not propose to write there
         wrong = f"{path} is damaged, or no serving file" if os.path.exists(path) else missing(path)
-        raise InputError(f"{wrong}: name one with --serving; `{export}` writes one")
+        raise InputError(f"{wrong}: name one with --serving, or make one with `{export}`")
     if content["task"] != task:
         raise InputError(f"{path} serves task {content['task']}: give --task {content['task']}, or another --serving")
     if content["format"] != FORMAT:
-        again = f"run `{export} --output {path}` again"
+        again = f"run `{export} --output {path}`"
         raise InputError(f"{path} has format {content['format']}, this version reads {FORMAT}: {again}")
     return content
 
 
 def build_model(content: dict[str, Any]) -> NextItNet:
-    """The model with the head of this task alone; weights that the task does not read are free and zero."""
+    """The model with this task's head alone; weights that the task does not read are free and zero."""
     task, state = content["task"], {name: value.float() for name, value in content["weights"].items()}
     for name, layer in content["conv"].items():
         size = int(np.prod(layer["shape"]))
@@ -98,7 +99,7 @@ def build_model(content: dict[str, Any]) -> NextItNet:
     tied = task == 1 and content["architecture"]["tied"]
     if tied:
         state["heads.1.weight"] = state["embedding.weight"]
-    with torch.device("meta"):  # draws no initial values
+    with torch.device("meta"):  # no memory, no random initialisation
         model = NextItNet(**content["architecture"])
         if task > 1:
             del model.heads["1"]
@@ -108,6 +109,6 @@ def build_model(content: dict[str, Any]) -> NextItNet:
             if (axes := state.get(f"updates.{earlier}.axes")) is not None:
                 model.add_update(earlier, len(axes))
     model.load_state_dict(state, assign=True)
-    if tied:  # as two parameters they would become two tables on a GPU
+    if tied:  # two parameters would take memory twice on a GPU
         model.head(1).weight = model.embedding.weight
     return model.eval()

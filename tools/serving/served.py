@@ -1,4 +1,4 @@
-"""Serves a task from its file: reads rows of tokens, returns user representations and the best targets."""
+"""Serves a task from its serving file: rows of tokens → user representations and top-k targets."""
 
 import itertools
 import os
@@ -24,13 +24,13 @@ from tools.serving.format import build_model, load, path_of
 
 @dataclass
 class Source:
-    """Settings that tools.represent and tools.recommend share."""
+    """Settings shared by tools.represent and tools.recommend."""
 
-    task: Task = 1  # the task that is served
-    checkpoint_dir: str = "checkpoints"  # where the scripts wrote their checkpoints
-    serving: str = ""  # the file that tools.export wrote; empty: serving_tK.pt in checkpoint_dir, K being the task
+    task: Task = 1  # the task to serve
+    checkpoint_dir: str = "checkpoints"  # folder of the chain's checkpoints
+    serving: str = ""  # serving file, from tools.export; empty: serving_tK.pt in checkpoint_dir, for task K
     data_path: str = "Data/Session/original_desen_pretrain.csv"  # one user a line; targets after `,,` are ignored
-    ids: str = ""  # a file that names the user of each row, one a line; empty: row numbers from 1
+    ids: str = ""  # file with the user id of each row, one a line, such as users.csv; empty: row numbers from 1
     device: Device = "auto"  # auto: cuda if there is a GPU
     overwrite: bool = False  # replace an existing output
 
@@ -38,7 +38,7 @@ class Source:
         return self.serving or path_of(self.checkpoint_dir, self.task)
 
     def check_output(self, path: str) -> None:
-        """InputError if `path` is one of the inputs, or exists and is not to be replaced."""
+        """InputError if `path` is an input, or exists without --overwrite."""
         read = (self.data_path, self.ids, self.serving_path())
         if os.path.realpath(path) in [os.path.realpath(each) for each in read]:
             raise InputError(f"--output {path} is a file that is read: give another name")
@@ -46,7 +46,7 @@ class Source:
 
 
 class Served:
-    """A loaded task. It counts what it reads: rows, unknown tokens, rows cut to length."""
+    """A loaded task. It counts the rows, unknown tokens and truncated rows that it reads."""
 
     def __init__(self, source: Source, device: torch.device):
         """Raises as `load`."""
@@ -57,23 +57,23 @@ class Served:
         self.metric, self.leave_out = content["metric"], content["leave_out"]
         self.channels = content["architecture"]["channels"]
         self.padding = self.items.ids.get(PADDING, 0)
-        self.target_of = torch.from_numpy(self.targets.look_up(self.items.tokens)).long()  # by item; 0: it is none
+        self.target_of = torch.from_numpy(self.targets.look_up(self.items.tokens)).long()  # (items,); 0: no target
         self.target_of[self.padding] = 0
-        self.rows = self.unknown = self.cut = 0  # read so far: rows, tokens that are no items, rows that were too long
+        self.rows = self.unknown = self.cut = 0  # read so far: rows, unknown tokens, truncated rows
 
     def batches(self, path: str, names_path: str) -> Iterator[tuple[list[str], Tensor]]:
-        """The names of the users and their rows (B, length) int64, in the order of the file.
+        """User ids and rows (B, length) int64, in the order of the file.
 
-        InputError names file and line of what is no row, or says that there are not as many names as rows.
+        Raises InputError at a malformed row, with file and line, or if the numbers of ids and rows differ.
         """
         names = read_names(names_path)
         for ids in self.read(path):
             users = list(itertools.islice(names, len(ids)))
             if len(users) < len(ids):
-                raise InputError(f"{names_path} has fewer lines than {path} has rows: --ids names the user of each")
+                raise InputError(f"--ids {names_path} has fewer lines than {path} has rows: give one user id per row")
             yield users, ids
         if names_path and next(names, None) is not None:
-            raise InputError(f"{names_path} has more lines than {path} has rows: --ids names the user of each")
+            raise InputError(f"--ids {names_path} has more lines than {path} has rows: give one user id per row")
 
     def read(self, path: str) -> Iterator[Tensor]:
         """The file's rows in batches (B, length) int64."""
@@ -91,16 +91,19 @@ class Served:
     @torch.no_grad()
     def represent(self, ids: Tensor) -> Tensor:
         """User representations (B, C) of rows (B, length)."""
-        # One size of batch for all, because a matrix product's last bits may depend on it.
+        # All batches have one size, because the last bits of a matrix product may depend on its shape.
         whole = torch.cat([ids, ids[-1:].expand(EVALUATION_BATCH - len(ids), -1)])
         if self.task > 1:
-            whole = torch.nn.functional.pad(whole, (0, 1))  # the separator, where the target would come
+            whole = torch.nn.functional.pad(whole, (0, 1))  # the separator (id 0), which precedes the target
         return self.model.user_representation(whole.to(self.device), Stage(self.task, "inference"))[: len(ids)]
 
     @torch.no_grad()
     def best(self, ids: Tensor, k: int, exclude_seen: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of the best targets of rows (B, length), best first, and their scores, (B, k) both; -inf: there are no
-        more, as `<UNK>`, padding and with `exclude_seen` the row's own items are never among them."""
+        """Ids and scores of the top-k targets of rows (B, length), best first, (B, k) each.
+
+        `<UNK>`, padding and, with `exclude_seen`, the row's own items score -inf; so do the last places if fewer than
+        k targets are left.
+        """
         head, found = self.model.head(self.task), []
         rows_at_once = max(1, SCORES_AT_ONCE // head.out_features)
         for users, seen in zip(self.represent(ids).split(rows_at_once), ids.split(rows_at_once)):
@@ -116,7 +119,7 @@ class Served:
         return tuple(torch.cat([part[name] for part in found]).cpu().numpy() for name in ("indices", "values"))
 
     def summary(self) -> str:
-        """What was read, and what of it the model does not know."""
+        """One line: rows read, unknown items, truncated rows."""
         return (
             f"{self.rows:,} rows; read as {UNKNOWN}: {self.unknown:,} items that task 1 never saw; {self.cut:,} rows "
             f"longer than {self.length}, of which the last {self.length} items were used"
@@ -124,15 +127,15 @@ class Served:
 
 
 def has_targets(path: str) -> bool:
-    """Whether the file is of a later task, as its first line tells; InputError if it is none that can be read twice."""
-    if not os.path.isfile(path):
+    """Whether the first line has targets, as in files of later tasks; InputError if `path` is no regular file."""
+    if not os.path.isfile(path):  # a pipe, for one, could not be read twice
         raise InputError(f"{missing(path)}, or is no file: name one with --data_path")
     with open(path, "rb") as file:
         return b",," in next((line for line in file if line.strip()), b"")
 
 
 def read_names(path: str) -> Iterator[str]:
-    """The lines of a file that are not empty, or numbers from 1 without one."""
+    """The non-empty lines of a file; without a path, the numbers from 1."""
     if not path:
         yield from map(str, itertools.count(1))
         return
@@ -140,4 +143,4 @@ def read_names(path: str) -> Iterator[str]:
         with open(path, encoding="utf-8-sig") as file:
             yield from (name for line in file if (name := line.strip()))
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): --ids names a text file, a line for each row") from None
+        raise InputError(f"--ids {path} cannot be read ({error}): give a UTF-8 text file, one user id a line") from None
