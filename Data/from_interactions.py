@@ -1,20 +1,25 @@
-"""Makes the task files from a table of interactions: a user, an item and mostly a time in each row.
+"""Makes the task files from a table of interactions: a user, an item and usually a time in each row.
 
-Each user's rows are put in order; the first part is the history, whose last items are the sequence. Further tasks are
-about what the user did after that, in this table or in another one, or about what is known of the user. Every target
-that has a time is later than all of its sequence. Rows of the same time come in random order, as a network would learn
-any fixed one as if users had chosen it. Data/README.md has a line for each of the usual data sets.
+Each user's rows are sorted by time. The oldest ones, a share of --history, are the user's history; its last --length
+items are the sequence. Later tasks predict what the user did after the history, in this table or in another one, or
+an attribute of the user, such as gender. A target with a time is strictly later than its sequence. Ties, which are rows
+of equal time, come in random order, because a network would learn any fixed order. Data/README.md has a command for
+each of the usual data sets.
+
+--history 1 without --task makes a file of whole histories, which tools.recommend and tools.represent need to serve
+users as of today. Give it an --output_dir of its own, and --min_rows 1 to serve all users.
 
 READS  --interactions, --users, and the tables that --task names: .csv, .tsv, .inter, .user, .dat, .gz of them, .parquet
 WRITES original_desen_pretrain.csv                    task 1: the sequence
        original_desen_finetune_click_nouserID.csv     --task "click=…": the sequence, then the targets
        original_desen_finetune_like_nouserID.csv      --task "like=…"
        original_desen_NAME.csv                        --task "NAME=…"
-       users.csv, users_NAME.csv                      the user of each line of these
+       users.csv, users_NAME.csv                      the user id of each line of these files
 NEXT   python conure_tp_t1.py
 """
 
 import re
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,65 +40,65 @@ from data_loader import PADDING
 @dataclass
 class Hyperparameters:
     interactions: str = ""  # table with a user and an item in each row
-    user: str = "user_id"  # its column of users, and that of all other tables
-    item: str = "item_id"  # its column of items
-    order: str = "timestamp"  # its columns to order a user's rows by, such as date,hour; "": as they stand in the file
-    columns: str = ""  # names of its columns, such as user,item,rating,time; "": the first line names them
-    where: str = ""  # rows that task 1 uses, such as "rating >= 4"; "": all
-    users: str = ""  # table with what is known of the users, for tasks NAME=users.COLUMN
-    users_columns: str = ""  # names of its columns; "": the first line names them
-    task: tuple[str, ...] = ()  # "NAME=SOURCE where CONDITION", for each further task: later, a table or users.COLUMN
-    history: UpTo1 = 0.8  # share of a user's rows, in order, that the sequence is taken from
-    length: Length = 50  # items in a sequence; shorter histories are padded on the left with 0
-    min_rows: Count = 5  # users with fewer rows that task 1 uses are left out
-    seed: Seed = 10  # of the random order of ties: rows of a user with equal values in the columns of --order
-    output_dir: str = "Data/Session"  # where the task files go
-    overwrite: bool = False  # replace task files that are there already
+    user: str = "user_id"  # column of user ids, in all tables
+    item: str = "item_id"  # column of item ids, in all tables of items
+    order: str = "timestamp"  # columns that order a user's rows, such as date,hour; "": the order of the file
+    columns: str = ""  # column names of --interactions, such as user,item,rating,time; "": its first line has them
+    where: str = ""  # condition on the rows that task 1 uses, such as "rating >= 4"; "": all rows
+    users: str = ""  # table of user attributes, for tasks NAME=users.COLUMN
+    users_columns: str = ""  # column names of --users; "": its first line has them
+    task: tuple[str, ...] = ()  # "NAME=SOURCE where CONDITION"; SOURCE: later, a table or users.COLUMN; may be repeated
+    history: UpTo1 = 0.8  # share of a user's rows, the oldest ones, that are the history; 1: all, for serving
+    length: Length = 50  # items in a sequence: the last ones of the history; shorter histories are padded on the left
+    min_rows: Count = 5  # minimum of rows per user, of those that task 1 uses; users with fewer are left out
+    seed: Seed = 10  # of the random order of ties: rows of a user that are equal in all columns of --order
+    output_dir: str = "Data/Session"  # folder of the task files
+    overwrite: bool = False  # replace existing task files
 
 
-ITEM_0 = "item_0"  # what the item of that name is called in the task files, where 0 is padding
-MANY_TIES = 0.1  # of neighbouring rows: a larger share is printed
+ITEM_0 = "item_0"  # token of the item `0` in the task files, where 0 is padding
+MANY_TIES = 0.1  # share of ties among neighbouring rows above which it is printed
 COLUMNS_HINT = 'name yours with --user, --item and --order (--order "": as in the file), or all of them with --columns'
 
 
 @dataclass
 class Task:
-    """A task as --task describes it."""
+    """A task as given by --task."""
 
     name: str
-    source: str  # later, users.COLUMN or the path of a table
+    source: str  # "later", "users.COLUMN" or the path of a table
     condition: str  # "": all rows
 
 
 @dataclass
 class Rows:
-    """Rows of a table, user after user and each user's in order."""
+    """Rows of a table, sorted by user, then by time."""
 
-    lines: np.ndarray  # (n,) the user's place in `Histories.users`
-    places: np.ndarray  # (n,) where they stand in the table
+    lines: np.ndarray  # (n,) the user of each, as a place in `Histories.users`
+    places: np.ndarray  # (n,) their row numbers in the table
 
 
 @dataclass
 class Histories:
-    """What all tasks go by; U users, in the order of the lines."""
+    """Sequences that all tasks share, of U users, in the order of the lines."""
 
-    users: pd.Index  # (U,) their ids
+    users: pd.Index  # (U,) user ids
     lengths: np.ndarray  # (U,) items in the sequence
     sequences: list[str]  # (U,) padded on the left
-    ends: list[np.ndarray]  # (U,) each: the place in the order where the sequence ends
-    items: int  # distinct ones in all sequences
+    ends: list[np.ndarray]  # per order column, (U,): its value in the last row of the sequence
+    items: int  # number of distinct items in all sequences
     later: Rows  # of the table of interactions, strictly later than the histories
 
 
 @dataclass
 class TaskFile:
-    """What one file holds besides the sequences, and what is reported of it."""
+    """The lines of one file without the sequences, and its counts for the report."""
 
     name: str
     users: np.ndarray  # (lines,) places in `Histories.users`
-    targets: list[str]  # (lines,) what stands behind the sequence; nothing in task 1
-    rows: int  # items in the sequences, or targets
-    distinct: int  # of these
+    targets: list[str]  # (lines,) text after the sequence; empty in task 1
+    rows: int  # number of items in the sequences, or of targets
+    distinct: int  # number of distinct ones
 
 
 def task_of(text: str) -> Task:
@@ -114,7 +119,8 @@ def check_tasks(hp: Hyperparameters, tasks: list[Task]) -> None:
                 raise InputError(f"--task {task.name}={task.source} needs the table of users: give --users")
         elif task.source == "later":
             if hp.history == 1:
-                raise InputError(f"--task {task.name}=later: with --history 1 no row is later than the sequence")
+                wrong = f"--task {task.name}=later: with --history 1 no row is later than the sequence"
+                raise InputError(f"{wrong}: give a smaller --history, or no such task")
         elif not Path(task.source).exists():
             raise InputError(f"--task {task.name}={task.source}: no such file; or write `later`, or `users.COLUMN`")
         elif Path(task.source).resolve() == Path(hp.interactions).resolve():
@@ -122,14 +128,14 @@ def check_tasks(hp: Hyperparameters, tasks: list[Task]) -> None:
 
 
 def read_interactions(hp: Hyperparameters, path: str, conditions: list[str]) -> tables.Table:
-    """A table of interactions, in which no item is called as padding is."""
+    """Reads a table of interactions and renames the item `0`, which is the padding token."""
     order = [name.strip() for name in hp.order.split(",")] if hp.order else []
     table = tables.read(path, hp.columns, (hp.user, hp.item), order, conditions, COLUMNS_HINT)
     if table.left_out:
         print(f"{path}: {table.left_out:,} rows lack a value of {', '.join((hp.user, hp.item, *order))}: left out")
     items = table.tokens[hp.item]
     if ITEM_0 in items.categories:
-        raise InputError(f"{path} has an item {ITEM_0}, as item 0 is called in the task files: name it otherwise")
+        raise InputError(f"{path} has an item {ITEM_0}, the name that item 0 gets in the task files: rename it")
     if PADDING in items.categories:
         table.tokens[hp.item] = items.rename_categories({PADDING: ITEM_0})
         print(f"{path}: item {PADDING}, which is padding in the task files, is called {ITEM_0} there")
@@ -137,20 +143,20 @@ def read_interactions(hp: Hyperparameters, path: str, conditions: list[str]) -> 
 
 
 def sorted_by(lines: np.ndarray, order: list[np.ndarray]) -> np.ndarray:
-    """The places (n,) of rows when users follow each other; what ties stays as it was."""
+    """Row numbers (n,), sorted by user and order columns; the sort is stable."""
     return np.lexsort((*reversed(order), lines)) if order else np.argsort(lines, kind="stable")
 
 
 def in_order(hp: Hyperparameters, table: tables.Table, lines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The places (n,) of rows, user after user and each user's in order, ties shuffled; and for each of these rows the
-    number (n,) of the first that it ties with. Without an order nothing ties."""
+    """Row numbers (n,), sorted by user and order columns, with ties shuffled; and for each of these rows the position
+    (n,) of the first row that it ties with. Without order columns there are no ties."""
     places, numbers = sorted_by(lines, table.order), np.arange(len(lines))
     if not table.order:
         return places, numbers
     differs = [values[places][1:] != values[places][:-1] for values in (lines, *table.order)]
     first = np.maximum.accumulate(np.where(np.append(True, np.logical_or.reduce(differs)), numbers, 0))
-    # What is added is below 1, so only ties change places. They are sorted by item, so that the file's order makes no
-    # difference, and then shuffled.
+    # Adding less than 1 reorders ties only. They are sorted by item first, so that the shuffle does not depend on the
+    # order of the file.
     items = table.tokens[hp.item]
     ranks = np.argsort(np.argsort(items.categories)) / len(items.categories)
     places = places[np.argsort(first + ranks[items.codes[places]], kind="stable")]
@@ -160,20 +166,20 @@ def in_order(hp: Hyperparameters, table: tables.Table, lines: np.ndarray) -> tup
 def histories_of(hp: Hyperparameters, table: tables.Table) -> Histories:
     column = table.tokens[hp.user]
     if not len(column):
-        raise InputError(f"{hp.interactions} has no row with a user and an item: is it the right table?")
-    # Shorter ids first, so that numbers are in the order of numbers, however the rows of the table are shuffled.
+        raise InputError(f"{hp.interactions} has no row with a user and an item: check --user, --item and --order")
+    # Shorter ids first, so that numbers sort as numbers; the order does not depend on that of the file.
     ids = pd.Index(sorted(column.categories, key=lambda id: (len(id), id)))
     lines = ids.get_indexer(column.categories).astype(np.int32)[column.codes]
     places, first = in_order(hp, table, lines)
     lines, used = lines[places], table.meets[hp.where][places]
     starts = np.searchsorted(lines, np.arange(len(ids)))
-    before = np.cumsum(used) - used  # rows that task 1 uses before each row, ...
+    before = np.cumsum(used) - used  # number of rows before each row that task 1 uses, ...
     before -= before[np.minimum(starts, len(lines) - 1)][lines]  # ... of the same user
-    earlier = before[first]  # those of them that do not tie with the row
+    earlier = before[first]  # the same without ties
     print_ties(hp, lines[used], first[used])
     rows = np.bincount(lines, weights=used, minlength=len(ids)).astype(np.int64)
     kept = np.where(rows < hp.min_rows, 0, (rows * hp.history).astype(np.int64))
-    behind = used & (before == kept[lines])  # each user's first row behind the cut, which moves to before its ties
+    behind = used & (before == kept[lines])  # each user's first row after the cut; the cut moves back before its ties
     kept[lines[behind]] = earlier[behind]
     chosen = kept > 0
     print_left_out(hp, rows, chosen)
@@ -197,7 +203,7 @@ def histories_of(hp: Hyperparameters, table: tables.Table) -> Histories:
 
 
 def print_ties(hp: Hyperparameters, lines: np.ndarray, first: np.ndarray) -> None:
-    """Of the rows that task 1 uses: `lines` (n,) tells the users apart, `first` (n,) the ties."""
+    """Prints the share of ties if it is large. `lines`, `first` (n,): user, and first tied row, of task 1's rows."""
     neighbours = np.count_nonzero(lines[1:] == lines[:-1])
     ties = np.count_nonzero(first[1:] == first[:-1])
     if ties > MANY_TIES * neighbours:
@@ -206,7 +212,8 @@ def print_ties(hp: Hyperparameters, lines: np.ndarray, first: np.ndarray) -> Non
 
 
 def print_left_out(hp: Hyperparameters, rows: np.ndarray, chosen: np.ndarray) -> None:
-    """`rows` (U,) that task 1 uses, `chosen` (U,) bool: who has a sequence; InputError if nobody has."""
+    """Counts users without a sequence; InputError if all are. `rows` (U,): those that task 1 uses; `chosen` (U,) bool:
+    who has a sequence."""
     of_task_1 = f" where {hp.where}" if hp.where else ""
     reason = f"fewer than {hp.min_rows} rows{of_task_1}, or none before the cut"
     if not chosen.any():
@@ -217,21 +224,22 @@ def print_left_out(hp: Hyperparameters, rows: np.ndarray, chosen: np.ndarray) ->
 
 
 def joined(tokens: pd.Categorical, rows: Rows) -> list[str]:
-    """The tokens of each user who has rows, with commas between."""
+    """The tokens of each user with rows, separated by commas."""
     texts = tokens.categories.to_numpy(object)[tokens.codes[rows.places]].tolist()
     ends = np.append(np.flatnonzero(np.diff(rows.lines)) + 1, len(texts)).tolist()
     return [",".join(texts[start:end]) for start, end in zip([0, *ends], ends)]
 
 
 def rows_of_table(hp: Hyperparameters, task: Task, histories: Histories) -> tuple[pd.Categorical, Rows]:
-    """Items of another table: of users with a sequence, and, if there is an order, after the end of theirs."""
+    """Items of another table: of users with a sequence; if the table has an order, strictly later than it."""
     table = read_interactions(hp, task.source, [task.condition])
     lines, chosen = lines_of(table, hp.user, task, histories)
     tied = chosen.copy()
     after = np.zeros(len(lines), bool)
     for end, values in zip(histories.ends, table.order):
         if (end.dtype.kind == "M") != (values.dtype.kind == "M"):
-            raise InputError(f"of {task.source} and {hp.interactions} one is ordered by dates, the other by numbers")
+            both = f"{task.source} and {hp.interactions}"
+            raise InputError(f"of {both} one is ordered by dates, the other by numbers: convert one of them")
         after |= tied & (values > end[lines])
         tied &= values == end[lines]
     places = np.flatnonzero(after if table.order else chosen)
@@ -240,7 +248,7 @@ def rows_of_table(hp: Hyperparameters, task: Task, histories: Histories) -> tupl
 
 
 def classes_of_users(hp: Hyperparameters, task: Task, histories: Histories) -> tuple[pd.Categorical, Rows]:
-    """One class a user; who has none, or several, is left out."""
+    """One class per user; users without a class, or with several, are left out."""
     name = task.source.removeprefix("users.")
     hint = "name yours with --user, or all of them with --users_columns"
     table = tables.read(hp.users, hp.users_columns, (hp.user, name), [], [task.condition], hint)
@@ -258,7 +266,7 @@ def classes_of_users(hp: Hyperparameters, task: Task, histories: Histories) -> t
 
 
 def lines_of(table: tables.Table, user: str, task: Task, histories: Histories) -> tuple[np.ndarray, np.ndarray]:
-    """The user's place in `Histories.users`, -1 for nobody there, and whether the task uses the row, (n,) each."""
+    """Per row, (n,) each: the user's place in `Histories.users`, -1 for users not in it; whether the task uses it."""
     column = table.tokens[user]
     lines = np.append(histories.users.get_indexer(column.categories), -1)[column.codes]
     return lines, (lines >= 0) & table.meets[task.condition]
@@ -275,12 +283,12 @@ def file_of_task(hp: Hyperparameters, task: Task, table: tables.Table, histories
     distinct = len(np.unique(tokens.codes[rows.places]))
     if distinct < 2:
         wanted = f"{task.name}={task.source}" + (f" where {task.condition}" if task.condition else "")
-        found = "nothing is left to predict" if distinct == 0 else "there is one target only, nothing to tell apart"
-        raise InputError(f"--task {wanted!r}: for the {len(histories.users):,} users of task 1 {found}")
-    # A line holds so many tokens besides the sequence and the empty one between its two commas, so that a user's very
-    # many targets take several lines with the same sequence.
+        found = "no target is left" if distinct == 0 else "one target only is left, which needs no prediction"
+        users = f"for the {len(histories.users):,} users of task 1"
+        raise InputError(f"--task {wanted!r}: {users} {found}: check its source and condition")
+    # Targets per line, besides the sequence and the empty token of `,,`. A user with more takes several lines.
     room = MAX_LINE_TOKENS - hp.length - 1
-    first = np.searchsorted(rows.lines, rows.lines)  # where the user's rows begin
+    first = np.searchsorted(rows.lines, rows.lines)  # the first row of the same user
     line = rows.lines * len(rows.lines) + (np.arange(len(rows.lines)) - first) // room
     users = rows.lines[np.flatnonzero(np.diff(line, prepend=-1))]
     targets = [f",,{texts}" for texts in joined(tokens, Rows(line, rows.places))]
@@ -288,7 +296,7 @@ def file_of_task(hp: Hyperparameters, task: Task, table: tables.Table, histories
 
 
 def written(files: list[TaskFile], histories: Histories) -> dict[str, Iterable[str]]:
-    """The lines of each file, by its name; they are put together when they are written."""
+    """The lines of each file by its name, generated as they are written."""
     contents: dict[str, Iterable[str]] = {}
     for file in files:
         lines = zip(file.users, file.targets)
@@ -315,7 +323,7 @@ def print_files(files: list[TaskFile], lengths: np.ndarray) -> None:
 
 def main(hp: Hyperparameters) -> None:
     if not hp.interactions:
-        raise InputError("there is no table to start from: give --interactions FILE (--help lists the flags)")
+        raise InputError("no table of interactions: give --interactions FILE (--help lists the flags)")
     if hp.length > MAX_LINE_TOKENS - 2:
         raise InputError(f"--length {hp.length} makes no sense: a line of a task file holds {MAX_LINE_TOKENS:,} tokens")
     tasks = [task_of(text) for text in hp.task]
@@ -334,6 +342,9 @@ def main(hp: Hyperparameters) -> None:
     write_files(hp.output_dir, written(files, histories))
     print_files(files, histories.lengths)
     print_next_steps(hp.output_dir, names, {task.name for task in tasks if task.source.startswith("users.")})
+    if hp.history == 1 and not tasks:
+        sequences, users = (shlex.quote(str(Path(hp.output_dir) / path)) for path in paths)
+        print(f"to serve whole histories: python -m tools.recommend --data_path {sequences} --ids {users}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Makes a small data set with hidden tastes, in the format and under the file names of the real one.
+"""Makes a small synthetic data set, in the format and under the file names of the real one.
 
-Every item belongs to a taste, every user has a favourite and a second one. A sequence follows the series that the
-items of a taste form, or jumps to a popular item of one of the two tastes; clicks and likes are other things of the
-same tastes; gender and age go with the favourite taste nine times out of ten. So the sequence tells more than
-popularity does, and what task 1 learns about it helps the tasks after it.
+Every item belongs to a taste; every user has a favourite taste and a second one. The items of a taste form a series. A
+sequence continues the series of its last item, or jumps to a popular item of one of the user's tastes. Clicks and likes
+are objects of the same tastes. Gender and age follow the favourite taste with a probability of 0.9. So sequences
+predict more than popularity does, and what task 1 learns helps the later tasks.
 
 WRITES original_desen_pretrain.csv, original_desen_finetune_click_nouserID.csv,
        original_desen_finetune_like_nouserID.csv, original_desen_gender.csv, and original_desen_age.csv for a fifth
-       task, whose scripts are yet to be made: "Adding a task" in README.md
+       task, whose scripts you add: "Adding a task" in README.md
 NEXT   python conure_tp_t1.py
 """
 
@@ -24,22 +24,22 @@ from Data.task_files import SCRIPTS, file_of, print_next_steps, refuse_what_is_t
 
 @dataclass
 class Hyperparameters:
-    output_dir: str = "Data/Session"  # where the task files go
-    seed: Seed = 10  # of everything that is drawn
-    users: Count = 2500  # lines of the first file
+    output_dir: str = "Data/Session"  # folder of the task files
+    seed: Seed = 10  # of all random draws
+    users: Count = 2500  # number of users, each a line of the first file
     length: Length = 30  # items in a sequence; shorter histories are padded on the left with 0
-    overwrite: bool = False  # replace task files that are there already
+    overwrite: bool = False  # replace existing task files
 
 
 TASTES = 8
 ITEMS_PER_TASTE = {"items": 50, "clicks": 25, "likes": 12}
-FAVOURITE = 0.8  # probability that an item is of the favourite taste and not of the second
-SERIES = 0.6  # probability that the next item continues the series of the last
-FAITHFUL = 0.9  # probability that gender, or age, goes with the favourite taste
+FAVOURITE = 0.8  # probability that an item is of the favourite taste, not of the second one
+SERIES = 0.6  # probability that the next item continues the series of the last one
+FAITHFUL = 0.9  # probability that gender, or age, follows the favourite taste
 
 
 def popular(random: np.random.Generator, count: int) -> int:
-    """A place from 0 to count - 1, place i drawn with probability ~ 1 / (i + 1)."""
+    """A random number below `count`; the probability of i is proportional to 1 / (i + 1)."""
     weight = 1 / np.arange(1, count + 1)
     return int(random.choice(count, p=weight / weight.sum()))
 
@@ -58,7 +58,7 @@ def sequence(random: np.random.Generator, tastes: np.ndarray, length: int) -> li
 
 
 def targets(random: np.random.Generator, tastes: np.ndarray, kind: str, most: int) -> list[str]:
-    """One to `most` different targets of the user's tastes, as tokens such as clicks3_17."""
+    """Up to `most` distinct targets of the user's tastes, as tokens such as clicks3_17; at least one."""
     count = ITEMS_PER_TASTE[kind]
     drawn = [
         f"{kind}{tastes[int(random.random() > FAVOURITE)]}_{popular(random, count)}"

@@ -1,8 +1,8 @@
-"""Tables as people have them: CSV, TSV, RecBole's atomic files, MovieLens' `::` files, `|` between columns, all of them
+"""Reads tables: CSV, TSV, RecBole's atomic files, MovieLens' `::` files, columns separated by `|` or `;`, all of them
 also as .gz, and parquet.
 
-Ids and classes are tokens and keep their text: `0042` stays `0042`. Order columns and conditions take a column as
-numbers if all its values are numbers, as times if all are ISO dates, otherwise as text, which cannot order rows.
+Ids and classes are tokens and keep their text: `0042` stays `0042`. In the order and in conditions, a column holds
+numbers if all its values are numbers, times if all are ISO dates, else text, by which rows cannot be ordered.
 """
 
 import ast
@@ -23,33 +23,33 @@ from conure.line_reader import MAX_TOKEN_BYTES, missing
 import numpy as np
 import pandas as pd
 
-SEPARATORS = ("::", "\t", ",", "|", ";")  # the first of them that is in the first line separates the columns
-RECBOLE_TYPE = re.compile(r":(token|float|token_seq|float_seq)$")  # behind the names in an atomic file's header
-NO_TOKEN = ["", r"\N"]  # the second is how MySQL writes it
-NO_VALUE = [*NO_TOKEN, "NA", "NaN", "nan", "NULL", "null", "None"]  # among numbers
-SURPLUS = "a value more than the first line has"  # the column for it
-UNFIT = re.compile(r"[,\x00-\x1f]|^<UNK>$")  # tokens that the task files cannot hold
-UNFIT_USER = re.compile(r"[\x00-\x1f]")  # users, who stand in files of their own, one a line
+SEPARATORS = ("::", "\t", ",", "|", ";")  # columns are separated by the first of these that is in the first line
+RECBOLE_TYPE = re.compile(r":(token|float|token_seq|float_seq)$")  # suffix of the names in an atomic file's header
+NO_TOKEN = ["", r"\N"]  # missing ids and classes; MySQL exports the second
+NO_VALUE = [*NO_TOKEN, "NA", "NaN", "nan", "NULL", "null", "None"]  # missing numbers
+SURPLUS = "a value more than the first line has"  # name of the column for surplus values
+UNFIT = re.compile(r"[,\x00-\x1f]|^<UNK>$")  # not allowed in tokens of task files
+UNFIT_USER = re.compile(r"[\x00-\x1f]")  # not allowed in user ids, which are written one a line
 PARQUET = (".parquet", ".pq")
-WORDS = {"&": " and ", "|": " or "}  # pandas gives both pairs the precedence of the words
+WORDS = {"&": " and ", "|": " or "}  # in a query of pandas, & and | have the precedence of these words
 
-# What evaluating a wrong condition raises.
+# Exceptions that an invalid condition may raise when it is evaluated.
 REFUSALS = (NameError, TypeError, ValueError, KeyError, AttributeError, NotImplementedError)
 
 
 @dataclass
 class Table:
-    """The rows that lack no token and no place in the order, as they stand in the file."""
+    """The rows with a value in every token and order column, in the order of the file."""
 
     path: str
     tokens: dict[str, pd.Categorical]  # by column, (n,) each; the categories are distinct texts
-    order: list[np.ndarray]  # (n,) each, numbers or datetime64[ns]; the first counts most
-    meets: dict[str, np.ndarray]  # by condition, (n,) bool; "" holds everywhere
-    left_out: int  # rows that lack something
+    order: list[np.ndarray]  # sort keys, (n,) each, numbers or datetime64[ns]; the primary key first
+    meets: dict[str, np.ndarray]  # by condition, (n,) bool; all True for ""
+    left_out: int  # number of rows with a missing value
 
 
 class Headed:
-    """An open file of bytes behind a first line of our own."""
+    """A binary file with a line put before it."""
 
     def __init__(self, first_line: bytes, file: BinaryIO):
         self.first_line, self.file = first_line, file
@@ -65,8 +65,8 @@ class Headed:
 def read(
     path: str, header: str, tokens: Sequence[str], order: Sequence[str], conditions: Sequence[str], hint: str
 ) -> Table:
-    """`header`: names of the columns if the file has no line of them; `tokens`: columns of ids and classes, first the
-    users'; `hint`: what to do if a column is not there."""
+    """`header`: column names, if the file has no line of them; `tokens`: columns of ids and classes, the users' first;
+    `hint`: what to do if a column is missing. InputError if the file is no such table."""
     names = [name.strip() for name in header.split(",")] if header else None
     try:
         form = parquet_names if path.endswith(PARQUET) else text_names
@@ -108,14 +108,14 @@ def open_bytes(path: str) -> BinaryIO:
 def separator_of(line: str, path: str) -> str:
     separator = next((each for each in SEPARATORS if each in line), None)
     if separator is None:
-        raise InputError(f"{path}: no tab, comma, |, ; or :: in its first line, {line[:60]!r}, so this is no table")
+        raise InputError(f"{path}: no tab, comma, |, ; or :: in its first line, {line[:60]!r}: separate columns by one")
     if separator == "::" and ":" in line.replace("::", ""):
         raise InputError(f"{path}: a single : in its first line, {line[:60]!r}: use tabs in place of ::")
     return separator
 
 
 def text_names(path: str, names: Sequence[str] | None) -> list[str]:
-    """The names of all columns: those of the header line, or `names`, if they are as many as there are columns."""
+    """The column names: those of the header line, or `names`, of which there must be one per column."""
     with open_bytes(path) as file:
         line = file.readline(1 << 20).decode("utf-8-sig").rstrip("\r\n")
     separator = separator_of(line, path)
@@ -124,24 +124,24 @@ def text_names(path: str, names: Sequence[str] | None) -> list[str]:
     if names is None:
         return fields
     if len(names) != len(fields):
-        raise InputError(f"{path} has {len(fields)} columns in its first line, but the names given are {len(names)}")
+        raise InputError(f"{path} has {len(fields)} columns in its first line, but you name {len(names)}: name each")
     if set(names) & set(fields):
-        raise InputError(f"{path} begins with a line of names, {line[:60]!r}: give no names of your own for it")
+        raise InputError(f"{path} begins with column names, {line[:60]!r}: leave out --columns or --users_columns")
     return list(names)
 
 
 def read_text(
     path: str, header: Sequence[str] | None, found: list[str], wanted: list[str], tokens: Sequence[str]
 ) -> pd.DataFrame:
-    """The wanted columns, tokens as categories; a row of more values than the first line has is refused."""
+    """The wanted columns, tokens as categories; InputError if a row has more values than the first line."""
     with open_bytes(path) as file:
         first_line = file.readline(1 << 20)
         separator = separator_of(first_line.decode("utf-8-sig").rstrip("\r\n"), path)
         if header:
             file.seek(len(codecs.BOM_UTF8) if first_line.startswith(codecs.BOM_UTF8) else 0)
-        # `::` is taken as `:`, an empty column and `:`, which pandas reads with its fast parser.
+        # `::` is read as two `:` with an empty column between them, so that pandas uses its fast parser.
         step = len(separator)
-        # With `usecols`, pandas cuts longer rows short without a word, so the header makes room for one value more.
+        # With `usecols`, pandas silently truncates longer rows, so the header has one column more, to notice these.
         columns = {found.index(name) * step: name for name in wanted} | {len(found) * step: SURPLUS}
         columns |= {2 * number + 1: f"{SURPLUS}, {number}" for number in range(len(found)) if step == 2}
         empty = [name for name in columns.values() if name not in wanted]
@@ -154,7 +154,7 @@ def read_text(
             dtype=dict.fromkeys((*tokens, *empty), "category"),
             keep_default_na=False,
             na_values={name: NO_TOKEN if name in tokens else NO_VALUE for name in columns.values()},
-            low_memory=False,  # in parts, categories are merged slowly, and a column may be part numbers, part text
+            low_memory=False,  # chunks are slow to merge, and their dtypes may differ
         )
     surplus = frame[empty].notna().any(axis=1).to_numpy()
     if surplus.any():
@@ -172,7 +172,7 @@ def parquet_names(path: str, names: Sequence[str] | None) -> list[str]:
         raise InputError(
             f"{path}: parquet files are read with pyarrow: .venv/bin/python -m pip install pyarrow"
         ) from None
-    return list(parquet.read_schema(path).names)  # `names` is for files without
+    return list(parquet.read_schema(path).names)  # parquet has names, so `names` is not used
 
 
 def read_parquet(path: str, wanted: list[str]) -> pd.DataFrame:
@@ -184,7 +184,7 @@ def read_parquet(path: str, wanted: list[str]) -> pd.DataFrame:
 
 
 def as_tokens(column: pd.Series) -> pd.Categorical:
-    """The texts of a column; whole numbers that a gap made floats are written as whole numbers."""
+    """The values of a column as text; integers that missing values turned into floats are written as integers."""
     if isinstance(column.dtype, pd.CategoricalDtype):
         codes, values = column.cat.codes.to_numpy(), column.cat.categories
     else:
@@ -196,7 +196,7 @@ def as_tokens(column: pd.Series) -> pd.Categorical:
 
 
 def writable(column: pd.Categorical, path: str, header: str, name: str, unfit_text: re.Pattern) -> pd.Categorical:
-    """The column itself; InputError names the first row whose token a task file cannot hold."""
+    """The column itself; InputError, with the row, if a token cannot be written to a task file."""
     texts = column.categories
     unfit = np.array([bool(unfit_text.search(text)) or len(text.encode()) > MAX_TOKEN_BYTES for text in texts], bool)
     if unfit.any():
@@ -217,7 +217,7 @@ def comparable(column: pd.Series) -> pd.Series:
         return column
     try:
         parsed = as_times(column) if pd.api.types.is_datetime64_any_dtype(column) else pd.to_numeric(column)
-    except (ValueError, TypeError):  # raised at the first value that is no number
+    except (ValueError, TypeError):  # at the first value that is no number
         parsed = as_times(column)
     return parsed if parsed.count() == column.count() else column
 
@@ -227,7 +227,7 @@ def as_numbers(column: pd.Series) -> pd.Series:
 
 
 def as_times(column: pd.Series) -> pd.Series:
-    """Naive datetime64[ns], NaT for what is no ISO date; times with a zone are converted to UTC."""
+    """Naive datetime64[ns], NaT where a value is no ISO date; times with a zone are converted to UTC."""
     return pd.to_datetime(column, format="ISO8601", errors="coerce", utc=True).dt.tz_localize(None)
 
 
@@ -238,7 +238,7 @@ def kind_of(values: pd.Series) -> str:
 
 
 def refuse_text(values: pd.Series, path: str, header: str, name: str) -> None:
-    """InputError if an order column is text; it names the first value that is no number or no date, and counts them."""
+    """InputError if an order column is text, with the first value that is no number or date, and their count."""
     if kind_of(values) != "text":
         return
     best = max(as_numbers(values), as_times(values), key=pd.Series.count)
@@ -246,12 +246,12 @@ def refuse_text(values: pd.Series, path: str, header: str, name: str) -> None:
     value, others = str(values.iloc[wrong[0]])[:60], f" (nor are {len(wrong) - 1:,} others)" if len(wrong) > 1 else ""
     raise InputError(
         f"{place_of(path, header, wrong[0])}: {name} {value!r} is neither a number nor an ISO date "
-        f"(2020-12-31 23:59:59){others}, so nothing can be ordered by it"
+        f"(2020-12-31 23:59:59){others}: convert it, or order by another column"
     )
 
 
 def place_of(path: str, header: str, row: int) -> str:
-    """`path, line 7` for a row of the table, counted from 0; in parquet, which has no lines, `path, row 7`."""
+    """`path, line 7` for a row of the table, counted from 0; for parquet `path, row 7`."""
     if path.endswith(PARQUET):
         return f"{path}, row {row + 1}"
     with open_bytes(path) as file:
@@ -259,7 +259,7 @@ def place_of(path: str, header: str, row: int) -> str:
         separator = separator_of(text.readline().rstrip("\r\n"), path)
         text.seek(0)
         lines, last = csv.reader(text, delimiter=separator[0]), 0
-        left = row + (not header)  # records to pass, the header line included
+        left = row + (not header)  # records to skip, with the header line
         for fields in lines:
             if len(fields) > 1 or "".join(fields).strip():  # pandas skips blank lines
                 if left == 0:
@@ -274,13 +274,13 @@ def mentions(condition: str, name: str) -> bool:
 
 
 def meets(values: dict[str, pd.Series], condition: str, path: str, found: Sequence[str], rows: int) -> np.ndarray:
-    """Which rows (n,) fulfil the condition, a query of pandas; InputError if it is none."""
+    """Which rows (n,) fulfil the condition; InputError if it is no query of pandas."""
     if not condition:
         return np.ones(rows, bool)
     text, columns = re.sub(r"""'[^']*'|"[^"]*"|[&|]""", lambda each: WORDS.get(each[0], each[0]), condition), {}
     for name in values:
         if mentions(condition, name):
-            plain = name if name.isidentifier() else f"_column_{len(columns)}"  # others stand in backticks
+            plain = name if name.isidentifier() else f"_column_{len(columns)}"  # a name in backticks
             text, columns[plain] = text.replace(f"`{name}`", plain), values[name].rename(name)
     try:
         tree = ast.parse(text.strip(), mode="eval")
@@ -303,8 +303,8 @@ def meets(values: dict[str, pd.Series], condition: str, path: str, found: Sequen
 
 
 def comparable_with(side: ast.expr, other: ast.expr, columns: dict[str, pd.Series]) -> ast.expr:
-    """`other`, which the column named by `side` is compared with. A date becomes a column of its own, because pandas
-    would also guess at text that is no ISO date. ValueError if the two are of different kinds."""
+    """`other`, the operand that the column `side` is compared with. A date is replaced by a column, because pandas
+    would guess dates from text that is no ISO date. ValueError if the operands are of different kinds."""
     if not isinstance(side, ast.Name) or side.id not in columns:
         return other
     values = columns[side.id]

@@ -1,4 +1,4 @@
-"""The task files that the scripts look for in Data/Session, written by whatever makes data."""
+"""Names and writing of the task files, and which script reads which of them."""
 
 import shlex
 from collections.abc import Collection, Iterable, Sequence
@@ -7,10 +7,10 @@ from pathlib import Path
 from conure.errors import InputError
 from conure.files import whole_file
 
-SESSION = Path(__file__).resolve().parent / "Session"  # where the scripts look
-SCRIPTS = ("pretrain", "click", "like", "gender")  # whose file conure_tp_t1.py, …, conure_tp_t4.py reads by default
-CLASSES = "gender"  # of them the one whose script learns classes
-LONG_NAMES = {"click": "finetune_click_nouserID", "like": "finetune_like_nouserID"}  # as the authors have them
+SESSION = Path(__file__).resolve().parent / "Session"  # where the scripts read by default
+SCRIPTS = ("pretrain", "click", "like", "gender")  # the files that conure_tp_t1.py, …, conure_tp_t4.py read by default
+CLASSES = "gender"  # the one of these whose script learns classes
+LONG_NAMES = {"click": "finetune_click_nouserID", "like": "finetune_like_nouserID"}  # the original's
 
 
 def file_of(name: str) -> str:
@@ -18,27 +18,28 @@ def file_of(name: str) -> str:
 
 
 def refuse_what_is_there(folder: str, files: Iterable[str], overwrite: bool, read: Iterable[str] = ()) -> None:
-    """InputError if a file is one of those `read`, or exists and is to stay, or if the folder has other task files."""
+    """InputError if a file is one of those `read`, if it exists without `overwrite`, or if the folder has other task
+    files, which would be of other data."""
     paths, inputs = [Path(folder) / file for file in files], [Path(path).resolve() for path in read]
     if taken := [path for path in paths if path.resolve() in inputs]:
         raise InputError(f"{taken[0]} is a table that is read: give another --output_dir")
     there = [path for path in paths if path.exists()]
     if there and not overwrite:
-        raise InputError(f"{there[0]} is there already: give --overwrite to replace it, or another --output_dir")
+        raise InputError(f"{there[0]} exists: give --overwrite to replace it, or another --output_dir")
     found = {path for pattern in ("original_desen_*.csv", "users*.csv") for path in Path(folder).glob(pattern)}
     if others := sorted(found - set(paths)):
         raise InputError(f"{others[0]} is of other data: move it away, or give another --output_dir")
 
 
 def write_files(folder: str, files: dict[str, Iterable[str]]) -> None:
-    """Writes each file's lines, one file after the other."""
+    """Writes each file atomically; `files`: lines by file name."""
     for file_name, lines in files.items():
         with whole_file(str(Path(folder) / file_name)) as file:
             file.writelines(f"{line}\n".encode() for line in lines)
 
 
 def print_next_steps(folder: str, names: Sequence[str], classes: Collection[str]) -> None:
-    """Which script reads which file; `names` are those of tasks 1, 2, 3, …, `classes` those among them with classes."""
+    """Prints which script reads which file. `names`: of tasks 1, 2, 3, …; `classes`: of those that learn classes."""
     elsewhere = Path(folder).resolve() != SESSION
     apart = {"index_path": "index.csv", "checkpoint_dir": "checkpoints"} if elsewhere else {}
     for task, name in enumerate(names, 1):
@@ -48,5 +49,5 @@ def print_next_steps(folder: str, names: Sequence[str], classes: Collection[str]
             flags = (f" --{flag} {shlex.quote(str(Path(folder) / place))}" for flag, place in given.items())
             command = f"python conure_tp_t{task}.py" + "".join(flags)
         else:
-            command = f'of {"classes" if name in classes else "items"}, see "Adding a task" in README.md'
+            command = f'a task of {"classes" if name in classes else "items"}, see "Adding a task" in README.md'
         print(f"next: {command}" if task == 1 else f"task {task}, {name}: {command}")

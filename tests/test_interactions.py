@@ -259,6 +259,20 @@ def test_ids_and_classes_keep_their_text_and_conditions_see_numbers(make):
     assert "item 0, which is padding in the task files, is called item_0" in printed
 
 
+def test_whole_histories_for_serving(make):
+    """--history 1: a sequence ends with the user's last row; tasks may be of another table or of users, not `later`."""
+    tables = {"rows.csv": table([*days(), ("c", "only", 1)]), "users.csv": "user_id,age\na,1\nb,2\n"}
+    tables |= {"other.csv": table([(user, f"{user}{time}", time) for user in "ab" for time in (9, 11)])}
+    printed, files = make(tables, "--history", "1", "--min_rows", "1", "--length", "3")
+    assert files == {"pretrain": ["a7,a8,a9", "b7,b8,b9", "0,0,only"], "users": ["a", "b", "c"]}
+    served = f"--data_path out/{file_of('pretrain')} --ids out/users.csv"
+    assert printed.endswith(f"to serve whole histories: python -m tools.recommend {served}\n")
+    flags = ["--task", "click=other.csv", "--users", "users.csv", "--task", "age=users.age"]
+    printed, files = make(tables, "--history", "1", "--length", "3", *flags)
+    assert files["click"] == ["a7,a8,a9,,a11", "b7,b8,b9,,b11"] and files["age"] == ["a7,a8,a9,,1", "b7,b8,b9,,2"]
+    assert "to serve" not in printed
+
+
 def test_what_is_known_of_users(make):
     known = "user_id,gender\na,0\na,1\nb,0\nc,2\nc,1\nd,2\nd,2\ne,\ne,1\n"
     flags = ["--users", "users.csv", "--task", "gender=users.gender where gender != 0"]
@@ -295,7 +309,7 @@ def test_the_report_fits_and_tells_what_reads_each_file(make):
     assert rows["later.csv"] == ["4", "7", "7", "3", "3"] and rows["finetune_click_nouserID.csv"][:3] == ["3", "3", "3"]
     apart = "--index_path out/index.csv --checkpoint_dir out/checkpoints"
     assert f"task 2, later: python conure_tp_t2.py --data_path out/{file_of('later')} {apart}" in lines
-    assert 'task 5, d: of items, see "Adding a task" in README.md' in lines
+    assert 'task 5, d: a task of items, see "Adding a task" in README.md' in lines
     assert f"next: python conure_tp_t1.py --data_path out/{file_of('pretrain')} {apart}" in lines
 
 
@@ -305,7 +319,7 @@ def test_files_where_the_scripts_look_are_not_named_again(monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines() == [
         "next: python conure_tp_t1.py",
         "task 2, click: python conure_tp_t2.py",
-        'task 3, gender: of classes, see "Adding a task" in README.md',
+        'task 3, gender: a task of classes, see "Adding a task" in README.md',
         "task 4, gender: python conure_tp_t4.py",
     ]
     print_next_steps("a b", ["pretrain", "click"], set())
@@ -375,14 +389,14 @@ USERS = ROWS | {"users.csv": "user_id,age\na,1\nb,2\n"}
         ({"rows.csv": "user_id,item_id,timestamp\na,<UNK>,1\n"}, [], "line 2: item_id '<UNK>' cannot stand"),
         ({"rows.csv": "user_id,item_id,timestamp\na,item_0,1\n"}, [], "has an item item_0"),
         ({"rows.csv.gz": b"not gzip"}, [], "cannot be read as a table"),
-        (ROWS, ["--columns", "user_id,item_id,timestamp"], "begins with a line of names"),
-        (ROWS, ["--columns", "u,i"], "has 3 columns in its first line, but the names given are 2"),
+        (ROWS, ["--columns", "user_id,item_id,timestamp"], "begins with column names, 'user_id,item_id,timestamp': le"),
+        (ROWS, ["--columns", "u,i"], "has 3 columns in its first line, but you name 2: name each"),
         (ROWS, ["--task", "click later"], "is not of the form"),
         (ROWS, ["--task", "a-b=later"], "is not of the form"),
         (ROWS, ["--task", "click=later", "--task", "click=later"], "is taken: give it another name"),
         (ROWS, ["--task", "pretrain=later"], "is taken: give it another name"),
         (ROWS, ["--task", "click=later", "--history", "1"], "with --history 1 no row is later"),
-        (ROWS, ["--task", "click=later where timestamp > 99"], "nothing is left to predict"),
+        (ROWS, ["--task", "click=later where timestamp > 99"], "no target is left: check its source and condition"),
         (ROWS, ["--task", "click=later where item_id == 'a9'"], "one target only"),
         (ROWS, ["--task", "click=later where stars > 3"], "name 'stars' is not defined (rows.csv has user_id, item_id"),
         (ROWS, ["--task", "click=later where timestamp > (3"], "condition 'timestamp > (3'"),

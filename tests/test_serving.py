@@ -183,6 +183,20 @@ def test_task_1_is_served_with_the_table_that_its_head_has(chain, tied):
     assert served["leave_out"] == content["tasks"][1]["protocol"]["leave_out"] == "nothing"
 
 
+def test_whole_histories_are_served_with_their_users(serving, tool, run_here, tmp_path):
+    """The two commands that `tools.recommend --help` names, on a table of the demo's items."""
+    rows = "".join(f"u{user},{item},{item}\n" for user in range(1, 4) for item in range(user, 3 * user))
+    (tmp_path / "rows.csv").write_text(f"user_id,item_id,timestamp\n{rows}")
+    whole = ["--history", "1", "--min_rows", "1", "--output_dir", str(tmp_path / "whole")]
+    code, printed, _ = run_here("Data.from_interactions", "--interactions", str(tmp_path / "rows.csv"), *whole)
+    assert code == 0
+    data = ["--data_path", tmp_path / "whole" / FILES[1], "--ids", tmp_path / "whole" / "users.csv"]
+    assert f"python -m tools.recommend {' '.join(map(str, data))}\n" in printed
+    output = tool("recommend", "--task", 2, "--serving", serving(2), *data, "--top_k", 2)
+    users = pd.read_csv(pd.io.common.StringIO(output))["user"].tolist()
+    assert users == ["u1", "u1", "u2", "u2", "u3", "u3"]
+
+
 def test_what_a_row_holds_is_left_out_if_asked(chain, serving, tool):
     data = chain[0] / "Data" / FILES[1]
     rows = [set(line.split(",")) for line in data.read_text().splitlines()]
