@@ -1,6 +1,6 @@
-"""The losses of task 1 and of the tasks after it, each a callable that draws its own negatives, if it takes any.
+"""The losses of task 1 and of later tasks. Each is a callable that samples its own negatives, if it needs any.
 
-Batches come on the CPU, where negatives and labels are made ready without waiting for the device.
+Batches are on the CPU, so that negatives and labels can be prepared without waiting for a GPU.
 """
 
 from collections.abc import Callable
@@ -20,30 +20,30 @@ from data_loader import Batch, TaskData
 from nextitnet import NextItNet
 from pruning import Stage
 
-LOGITS_AT_ONCE = 1 << 26  # 256 MB whatever the number of negatives, and half as much again for bfloat16 products
-ROWS = 64  # the number of rows is rounded up to a multiple, as oneDNN compiles and keeps a kernel for each shape
-ENCODED_ROWS = 8  # likewise, of the distinct rows in a batch
-EXCLUDED = -1e30  # a logit that counts for nothing; finite, as a piece may hold no other
-ALONE = Shard()  # of a batch: all of it
+LOGITS_AT_ONCE = 1 << 26  # 256 MB for any number of negatives, and half as much again for bfloat16 products
+ROWS = 64  # the number of rows is padded to a multiple, as oneDNN compiles and caches a kernel per shape
+ENCODED_ROWS = 8  # likewise the number of distinct rows in a batch
+EXCLUDED = -1e30  # logit of an excluded column; finite, as a piece may have no other column
+ALONE = Shard()  # the whole batch
 
 
 def rows(weight: Tensor, ids: Tensor) -> Tensor:
-    """weight[ids] with a deterministic gradient; plain indexing sums repeated ids in no fixed order."""
+    """weight[ids] with a deterministic gradient; that of plain indexing sums repeated ids in no fixed order."""
     return F.embedding(ids, weight)
 
 
 def entries(bias: Tensor, ids: Tensor) -> Tensor:
-    """bias[ids], likewise."""
+    """bias[ids] with a deterministic gradient."""
     return rows(bias[:, None], ids).squeeze(-1)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`, without waiting for what the device has still to do."""
+    """Copies the tensor to `device` without waiting for pending work there."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def part(batch: Batch, shard: Shard) -> tuple[Batch, slice]:
-    """A process's share of the rows with their examples, and where those stand in the batch."""
+    """A process's share of the rows with their examples, and the slice of the batch's examples that these are."""
     numbers = shard.of(torch.arange(len(batch.rows))).tolist()
     start = numbers[0] if numbers else 0
     own = slice(start, start + len(numbers))
@@ -55,11 +55,12 @@ def part(batch: Batch, shard: Shard) -> tuple[Batch, slice]:
 class LogSumExp(torch.autograd.Function):
     """`LogSumExp.apply(hidden, own, row_of, weight, bias, hits, dtype)`: the sum over labels of a logsumexp.
 
-    That of label i is over its own logit, own[i], and those of its row r = row_of[i]: hidden[r] @ weight.T + bias,
-    without columns hits[r], of which -1 is none. So a label's logit is known better than products in bfloat16 tell, and
-    its gradient vanishes where the model is sure. hidden (R, C), own (N,), weight (S, C), bias (S,), hits (R, M) int64;
-    row_of (N,) int64, ascending, on the CPU. Products in `dtype`, all else in float32. Gradients are made in the same
-    pass, so that never more than `LOGITS_AT_ONCE` logits exist, and none is computed twice.
+    The logsumexp of label i is over its own logit, own[i], and the logits of its row r = row_of[i],
+    hidden[r] @ weight.T + bias, except columns hits[r] (-1: none). The label's own logit comes apart, in float32, so
+    that its gradient vanishes where the model is certain, also with products in bfloat16. hidden (R, C), own (N,),
+    weight (S, C), bias (S,), hits (R, M) int64; row_of (N,) int64, ascending, on the CPU. Products are in `dtype`, all
+    else in float32. Gradients are computed in the forward pass, so that at most `LOGITS_AT_ONCE` logits exist, each
+    computed once.
     """
 
     @staticmethod
@@ -79,7 +80,7 @@ class LogSumExp(torch.autograd.Function):
         first = [0, *labels.cumsum(0).tolist()]
         labels, row_of = (to_device(each, hidden.device) for each in (labels, row_of))
         hidden_gradient, own_gradient = torch.empty_like(hidden), torch.empty_like(own)
-        # Transposed, (C, S): oneDNN takes half the time for a product whose shorter side comes first.
+        # Transposed, (C, S), as oneDNN is twice as fast for a product whose shorter side comes first.
         weight_gradient, bias_gradient = hidden.new_zeros(hidden.shape[1], size), torch.zeros_like(bias)
         total, weight = hidden.new_zeros(()), weight.to(dtype)
         at_once = max(1, LOGITS_AT_ONCE // size)
@@ -93,9 +94,9 @@ class LogSumExp(torch.autograd.Function):
             log_sum = torch.logaddexp(of_label, own[of_block])
             total += log_sum.sum()
             own_gradient[of_block] = (own[of_block] - log_sum).exp()
-            # What the others have of the softmax, summed over the labels of a row.
+            # The probability of all other columns, summed over the labels of a row.
             share, lengths = (of_label - log_sum).exp(), labels[block]
-            # Unsafe, as checking the lengths would wait for a GPU.
+            # unsafe=True, as a check of the lengths would wait for the GPU.
             others_share = torch.segment_reduce(share, "sum", lengths=lengths, initial=0, unsafe=True)
             shares = (others_share[:, None] * (log_sums - others[:, None]).exp()).unbind(dim=1)
             hidden_gradient[block] = 0
@@ -118,7 +119,7 @@ def softmax_of(inputs: Tensor, weight: Tensor, bias: Tensor, hits: Tensor, colum
     logits = product(inputs, weight[columns]) + bias[columns]
     hits = hits - columns.start
     inside = (hits >= 0) & (hits < logits.shape[1])
-    # By minimum, as a hit that is not inside must not bring back what another one takes out.
+    # Minimum, as a hit outside of these columns must not undo another hit.
     excluded = torch.where(inside, EXCLUDED, torch.inf)
     logits.scatter_reduce_(1, hits.clamp(0, logits.shape[1] - 1), excluded, "amin")
     highest = logits.amax(dim=1)
@@ -137,8 +138,9 @@ def sampled_softmax(
 ) -> Tensor:
     """The summed loss of `labels` (N,) given `hidden` (N, C) against `negatives` (S,), which all rows share.
 
-    From every logit goes the log of the count expected in the sample (`label_counts` (N,), `negative_counts` (S,));
-    negatives among `left_out` (N, M), which must hold the label, do not count. Else as tf.nn.sampled_softmax_loss.
+    The log of the expected count in the sample (`label_counts` (N,), `negative_counts` (S,)) is subtracted from every
+    logit. Negatives among `left_out` (N, M), which must include the label, are masked. Otherwise as
+    tf.nn.sampled_softmax_loss.
     """
     ids = torch.cat([labels, negatives])
     biases = entries(head.bias, ids) - torch.cat([label_counts, negative_counts]).log()
@@ -154,12 +156,12 @@ def sampled_softmax(
 def full_softmax(
     hidden: Tensor, row_of: Tensor, labels: Tensor, left_out: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """The summed cross entropy of `labels` (N,) among all rows of `weight` (n, C), `bias` (n,), but those left out.
+    """The summed cross entropy of `labels` (N,) over all rows of `weight` (n, C), `bias` (n,), but those left out.
 
-    Label i belongs to row r = row_of[i] of `hidden` (R, C), and `left_out` (R, M), of which -1 is none, to each row; it
-    must hold the row's labels, which are not each other's negatives. `row_of` (N,) comes ascending, on the CPU. In the
-    blocks of LogSumExp, which on 2 cores take 0.61 s for 1,568 rows and 33,080 items; F.linear_cross_entropy takes
-    0.70 s with all logits in memory and 2.5 s in chunks.
+    Label i belongs to row r = row_of[i] of `hidden` (R, C). `left_out` (R, M) are the ids masked for each row, -1 for
+    none; they must include the row's labels, which are not each other's negatives. `row_of` (N,) is ascending, on the
+    CPU. On 2 cores this takes 0.61 s for 1,568 rows and 33,080 items; F.linear_cross_entropy takes 0.70 s with all
+    logits in memory and 2.5 s in chunks.
     """
     if bias is None:
         bias = weight.new_zeros(len(weight))
@@ -177,15 +179,15 @@ def bce(positive: Tensor, negative: Tensor) -> Tensor:
     return F.softplus(-positive) + F.softplus(negative)
 
 
-PAIRWISE = {"bpr": bpr, "bce": bce}  # of a target and one sampled negative
-Name = Annotated[str, OneOf(("softmax", *PAIRWISE))]  # of a later task's loss, as its script gives it
+PAIRWISE = {"bpr": bpr, "bce": bce}  # losses of a target and one sampled negative, given their scores
+Name = Annotated[str, OneOf(("softmax", *PAIRWISE))]  # of a later task's loss, in its script
 
 
 class NextItemLoss:
-    """Task 1: the next item at every position, by sampled softmax, or full softmax if the sample is to be all items."""
+    """Task 1: the next item at every position, by sampled softmax, or by full softmax if all items are sampled."""
 
     def __init__(self, sampler: samplers.LogUniformSampler, ignored_label: int | None, earlier_items: bool = True):
-        """Positions whose next item is `ignored_label` do not count; None: all count, as in the original.
+        """`ignored_label`: the next item of positions without loss; None: all have one, as in the original.
 
         `earlier_items`: whether the items before a position are among its negatives.
         """
@@ -220,7 +222,7 @@ class NextItemLoss:
         return full_softmax(hidden, row_of, labels, left_out, head.weight, head.bias) / total
 
     def left_out(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """(T * B, M): the label, and the items before it if they are not to be negatives; both (B, T)."""
+        """Ids that are no negatives (T * B, M): labels (B, T) and, without `earlier_items`, the items before them."""
         labels = labels.t()[:, :, None]  # (T, B, 1)
         if self.earlier_items:
             return labels.flatten(0, 1)
@@ -229,14 +231,14 @@ class NextItemLoss:
 
 
 class TargetLoss:
-    """Tasks 2+: cross entropy of the target among all, `<UNK>` left out as it is in scores, plus l2 * |head|^2 / 2.
+    """Tasks 2+: cross entropy of the target over all targets but `<UNK>`, plus l2 * |head|^2 / 2.
 
-    What is known of a row, its other targets too, is left out. A head that the model has an anchor for is held near
-    that instead of 0 (L2-SP: Li et al., ICML 2018).
+    The softmax leaves out what is known of a row, its other targets included. If the model has an anchor for the head,
+    the penalty is on the distance to that (L2-SP: Li et al., ICML 2018).
     """
 
     def __init__(self, l2: float, known: Callable[[np.ndarray], np.ndarray]):
-        """`known` gives the targets (R, M) of rows (R,), as Known.of_rows does, their training targets among them."""
+        """`known` maps rows (R,) to known targets (R, M) like Known.of_rows, training targets included."""
         self.l2, self.known = l2, known
 
     def __call__(
@@ -257,18 +259,18 @@ class TargetLoss:
         return self.l2 * weight.square().sum() / 2
 
     def ids(self, targets: Tensor, generator: torch.Generator) -> Tensor:
-        """What each example is scored with; first dimension B."""
+        """The ids whose scores the loss of each example needs; first dimension B."""
         return targets
 
     def summed(self, users: Tensor, batch: Batch, ids: Tensor, head: nn.Linear) -> Tensor:
-        """The loss of all examples of a batch, given the representations (R, C) of its rows."""
+        """The summed loss of a batch's examples, given the representations (R, C) of its rows."""
         left_out = to_device(torch.from_numpy(self.known(batch.rows)).long(), users.device) - 1
         bias = None if head.bias is None else head.bias[1:]
         return full_softmax(users, batch.row_of, ids - 1, left_out, head.weight[1:], bias)
 
 
 class PairLoss(TargetLoss):
-    """The target against one sampled negative, by `bpr` or `bce`, in place of the cross entropy."""
+    """The target against one sampled negative, by a loss of PAIRWISE, instead of the cross entropy."""
 
     def __init__(self, compare: Callable[[Tensor, Tensor], Tensor], sampler: samplers.TargetSampler, l2: float):
         self.l2, self.compare, self.sampler = l2, compare, sampler
@@ -289,14 +291,14 @@ Loss = NextItemLoss | TargetLoss
 
 
 def next_item(hp: Any, data: TaskData) -> NextItemLoss:
-    """The loss that the hyperparameters of a task 1 script ask for."""
+    """The loss of task 1, by its hyperparameters."""
     negatives = samplers.LogUniformSampler(len(data.items), hp.negative_fraction)
     earlier_items = ranking.left_out(hp, data) != "known"
     return NextItemLoss(negatives, None if hp.padding_in_loss else data.padding_id, earlier_items)
 
 
 def target(hp: Any, data: TaskData) -> TargetLoss:
-    """The loss that the hyperparameters of a later task's script ask for: negatives by `rho`, or without it uniform."""
+    """The loss of a later task, by its hyperparameters; negatives follow `rho`, or are uniform without it."""
     if hp.loss == "softmax":
         known = "known" if ranking.left_out(hp, data) == "known" else "targets"
         return TargetLoss(hp.l2, ranking.Known(data, known).of_rows)
@@ -309,10 +311,10 @@ def target(hp: Any, data: TaskData) -> TargetLoss:
 
 
 class Objective:
-    """A process's share of the loss of a batch: all shares, and their gradients, add up to the batch's."""
+    """A process's share of a batch's loss; shares and their gradients add up to those of the batch."""
 
     def __init__(self, loss: Loss, model: nn.Module, stage: Stage, generator: torch.Generator, precision: torch.dtype):
-        """`generator` draws the negatives, the same ones in all processes."""
+        """`generator` samples the negatives, the same ones in all processes."""
         self.loss, self.model, self.stage, self.generator = loss, model, stage, generator
         self.precision = precision
 
