@@ -1,4 +1,4 @@
-"""The report: a page that needs no other file, and what it says of a chain."""
+"""The report: a self-contained page, and what it says of a chain."""
 
 import os
 import re
@@ -9,8 +9,9 @@ from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
 
-from conure import checkpoint
+from conure import checkpoint, metrics
 from conure.errors import InputError
+from conure.metrics import Protocol
 
 import pandas as pd
 import pytest
@@ -26,16 +27,16 @@ from tools.report import history
 
 VOID = {"meta", "img", "source", "wbr", "br"}
 CPU = torch.device("cpu")
-draws = pytest.mark.skipif(find_spec("matplotlib") is None, reason="the pictures take matplotlib")
+draws = pytest.mark.skipif(find_spec("matplotlib") is None, reason="the report draws with matplotlib")
 
 
 class Page(HTMLParser):
-    """Fails on a tag left open; `tables` by name, as rows of cells, and `marked`, the texts of changed cells."""
+    """Fails on a tag left open; `tables` by name, as rows of cells; `marked`: the texts of cells of class changed."""
 
     def __init__(self, text: str):
         super().__init__()
-        self.open, self.tags, self.text, self.marked = [], [], "", []
-        self.tables: dict[str, list[list[str]]] = {}
+        self.open, self.tags, self.text, self.css, self.marked = [], [], "", "", []
+        self.tables: dict[str, list[list[str]]] = {}  # in the page's order
         self.feed(text)
         self.close()
         assert self.open == []
@@ -55,7 +56,9 @@ class Page(HTMLParser):
         assert self.open.pop()[0] == tag
 
     def handle_data(self, data):
-        if self.open and self.open[-1][0] != "style":
+        if self.open and self.open[-1][0] == "style":
+            self.css += data
+        elif self.open:
             self.text += data
         if self.open and self.open[-1][0] in ("td", "th"):
             self.rows[-1][-1] += data
@@ -78,14 +81,14 @@ def plain(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def written(chain, tmp_path_factory) -> tuple[Path, Path, str]:
-    """The checkpoints of a finished chain, the folder of its report, and what was printed."""
+    """The checkpoints of a finished chain, the folder of its report, and what the tool printed."""
     checkpoints, folder = chain[0] / "checkpoints", tmp_path_factory.mktemp("report")
     flags = ["--checkpoint_dir", str(checkpoints), "--output_dir", str(folder), "--device", "cpu"]
     return checkpoints, folder, run_python("-m", "tools.report", *flags)
 
 
 def change(path: Path, how) -> None:
-    """Writes a checkpoint anew with `how` done to its model."""
+    """Rewrites a checkpoint after `how` has changed its model."""
     content, _ = checkpoint.load(str(path))
     model = checkpoint.build_model(content)
     with torch.no_grad():
@@ -102,7 +105,7 @@ def zero_owned_by(owner: int):
 
 
 def break_weights(model: NextItNet) -> None:
-    """Those of task 1, which all tasks read, that one channel takes from the newest tap of the second convolution."""
+    """Breaks weights of task 1, which all tasks read: one channel's at the newest tap of the second convolution."""
     _, layer, *_ = pruning.owned_weights(model)
     layer.weight[4, -1][layer.owner[4, -1] == 1] = 1e4
 
@@ -140,7 +143,49 @@ def test_every_task_stands_after_every_stage_with_the_score_that_was_recorded(wr
         assert rows[task - 1] == [f"task {task}, {name}", *expected]
     assert page.column("Averages by metric", "forgetting") == ["0", "0", "–"]
     assert page.marked == [] and "forgotten nothing: tasks 1 to 3 score exactly as when learned" in page.text
-    assert "which was the case nowhere here" in page.text
+    assert "scored again from its data (0 of these scores)" in page.text
+
+
+@draws
+def test_scores_with_intervals_come_first(written):
+    checkpoints, folder, _ = written
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    assert next(iter(page.tables)) == "Scores" and page.text.index("Look here first") < page.text.index("Every task")
+    records = checkpoint.load(str(checkpoints / "ret_t4.pt"))[0]["tasks"]
+    for (_, learned, interval, now, examples, *_), record in zip(page.tables["Scores"][1:], records.values()):
+        score, *_ = record["results"]["ret"]["test"].values()
+        values, users = metrics.first_values(
+            metrics.Ranks.from_tensors(record["ranks"]), Protocol(**record["protocol"])
+        )
+        low, high = metrics.interval([(values, users)])
+        assert learned == now == f"{score:.4f}" == f"{values.mean():.4f}" and low <= score <= high
+        assert interval == f"[{low:.3f}, {high:.3f}]" and examples == str(record["results"]["ret"]["test"]["n"])
+
+
+@draws
+def test_every_table_that_scrolls_says_so(written):
+    """Each table is in a .table of its own, whose ::after a browser shows only if the table overflows."""
+    page = Page((written[1] / "report.html").read_text(encoding="utf-8"))
+    classes = [attributes.get("class") for tag, attributes in page.tags if tag == "div"]
+    assert classes.count("scroll") == len(page.tables) == classes.count("table")
+    assert all(classes[at - 1] == "table" for at, name in enumerate(classes) if name == "scroll")
+    assert re.search(r'\.table::after \{\s+content: "This table scrolls sideways →"', page.css)
+
+
+@draws
+def test_every_axis_has_a_unit(chain):
+    from matplotlib.figure import Figure
+
+    from tools.report import pictures
+
+    checkpoints = str(chain[0] / "checkpoints")
+    for each in history.histories(checkpoints):
+        axes = Figure().subplots()
+        pictures.draw_history(axes, each, pictures.LIGHT)
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("epochs of tp, then of ret", f"{each.name} (0 to 1)")
+    figure = Figure()
+    pictures.draw_ownership(figure, chains.read(checkpoints, "", CPU).layers, pictures.LIGHT)
+    assert figure.axes[0].get_xlabel() == "% of the layer's weights"
 
 
 @draws
@@ -163,7 +208,8 @@ def test_a_broken_weight_is_seen_and_counted(chain_copy, tmp_path, run_here):
     *forgetting, none = page.column("Averages by metric", "forgetting")
     assert none == "–" and lost[0] > 0
     assert list(map(float, forgetting)) == pytest.approx([lost[0], sum(lost[1:]) / 2], abs=1e-4)
-    assert "changed since: task 1 from mrr@5_all" in page.text
+    assert re.search(r"learned 4 tasks; tasks? 1.* changed since; ", page.text)
+    assert [row[3] for row in page.tables["Scores"][1:]] == [row[-1] for row in rows]
 
 
 def test_only_what_a_task_reads_is_compared(chain, chain_copy):
@@ -243,7 +289,7 @@ def test_a_history_without_its_beginning(chain, tmp_path):
 
 @pytest.fixture
 def begun(chain, tmp_path) -> Path:
-    """The folder of a chain after its first script."""
+    """The checkpoint folder of a chain after its first script."""
     folder = tmp_path / "begun"
     folder.mkdir()
     shutil.copy(chain[0] / "checkpoints" / "tp_t1.pt", folder)
@@ -275,7 +321,7 @@ def test_an_unfinished_chain(begun, tmp_path):
 @draws
 def test_what_comes_from_files_is_escaped(begun, tmp_path):
     content, _ = checkpoint.load(str(begun / "tp_t1.pt"))
-    record, evil = content["tasks"][1], '"><script>alert(1)</script>&amp;'
+    record, evil = content["tasks"][1], '"><script src=x>&amp;'
     record["data_path"] = record["hyperparameters"]["tp"]["device"] = content["versions"]["torch"] = evil
     scores = record["results"]["pruned"]["test"]
     record["results"]["pruned"]["test"] = {evil: scores["mrr@5"]} | scores
@@ -284,7 +330,7 @@ def test_what_comes_from_files_is_escaped(begun, tmp_path):
     (begun / "results.csv").write_text(results.replace("mrr@5_all", "mrr@5<img src=x>$\\frac$", 1))
     page = made(begun, tmp_path / "report")
     assert "script" not in {tag for tag, _ in page.tags}
-    assert page.text.count(evil) == 5  # three settings; and the score's name, in each of two tables
+    assert page.text.count(evil) == 6  # file, hyperparameter, version; and the score's name, in each of three tables
     assert "Task 1, mrr@5<img src=x>$\\frac$ on test" in page.text
 
 
@@ -318,12 +364,12 @@ def test_matplotlib_is_asked_for_by_name(chain, tmp_path):
     command += ["--output_dir", str(tmp_path / "report")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 2 and not (tmp_path / "report").exists()
-    assert done.stderr == "error: the pictures take matplotlib: .venv/bin/python -m pip install matplotlib\n"
+    assert done.stderr == "error: the report draws with matplotlib: run .venv/bin/python -m pip install matplotlib\n"
     assert "WRITES report.html" in run_python(*command[1:], "--help", PYTHONPATH=str(tmp_path))
 
 
 def test_models_that_are_no_chain_are_refused(chain, tmp_path):
-    """A folder of a model for each task, as some methods of tools/baselines.py leave it."""
+    """Such as some methods of tools/baselines.py leave: a folder with a model for each task."""
     for name in ("ret_t1.pt", "ret_t2.pt"):
         content, _ = checkpoint.load(str(chain[0] / "checkpoints" / name))
         if name == "ret_t2.pt":

@@ -1,7 +1,7 @@
-"""Report a chain on one page: learning curves, scores after every stage, weights by owner, capacity left, settings.
+"""Report a chain on one page: scores, forgetting, learning curves, weights by owner, capacity left, hyperparameters.
 
 READS  results.csv and all checkpoints in checkpoint_dir; a task's data file only if what the task reads has changed
-WRITES report.html, which needs no other file, to output_dir
+WRITES report.html, self-contained, to output_dir
 NEXT   open report.html in a browser
 """
 
@@ -34,7 +34,7 @@ def is_report(path: str) -> bool:
 
 
 def main(hp: Hyperparameters) -> None:
-    from tools.report.page import page  # only now, as it takes matplotlib, and --help does not
+    from tools.report.page import page  # imports matplotlib, which --help does not need
 
     report = os.path.join(hp.output_dir or os.path.join(hp.checkpoint_dir, "report"), "report.html")
     check_output(report, hp.overwrite, own=is_report(report))

@@ -21,9 +21,9 @@ from pruning import Stage
 class Cell(NamedTuple):
     """A task's score on its test part after some stage."""
 
-    name: str  # of the score: the first of those that the task reports
+    name: str  # of the metric: the first that the task reports
     score: float
-    source: str  # recorded: by a stage of the task's own; same: all that it reads is as it was; scored: anew
+    source: str  # recorded: by the task's own stage; same: all that it reads is bit-identical; scored: scored again
 
 
 class Layer(NamedTuple):
@@ -40,8 +40,7 @@ class Chain:
     cells: dict[tuple[int, Stage], Cell] = field(default_factory=dict)  # by task and stage
     versions: dict[Stage, dict[str, str]] = field(default_factory=dict)
     records: dict[int, dict[str, Any]] = field(default_factory=dict)  # of each task, in the newest checkpoint
-    layers: list[Layer] = field(default_factory=list)  # there, too
-    items: int = 0  # ids, <UNK> included
+    layers: list[Layer] = field(default_factory=list)  # of the newest checkpoint
 
     def learned(self, task: int) -> Cell:
         """What the task scored at the end of its own last stage."""
@@ -51,11 +50,11 @@ class Chain:
         return self.cells[task, self.stages[-1]]
 
     def changed(self, task: int, stage: Stage) -> bool:
-        """Whether the task scores otherwise after this stage of a later task than when it was learned."""
+        """Whether the task's score after this stage of a later task differs from the one when it was learned."""
         return stage.task > task and self.cells[task, stage][:2] != self.learned(task)[:2]
 
     def after(self) -> dict[int, dict[int, float]]:
-        """R of `transfer`: by task learned, each task's score after that one's last stage."""
+        """R of `transfer`: R[l][t] is the score of task t after the last stage of task l."""
         table = {task: {task: self.learned(task).score} for task in self.records}  # even where its checkpoint is gone
         for (task, (learned, _)), cell in self.cells.items():
             if task != learned or learned == self.stages[-1][0]:
@@ -63,7 +62,7 @@ class Chain:
         return table
 
     def pruned(self) -> bool:
-        """False for a model that was fine-tuned task after task, of whose weights none has an owner."""
+        """False for a model fine-tuned task after task: none of its weights has an owner."""
         return any(owner != pruning.FREE for owner in self.counts())
 
     def counts(self) -> dict[int, int]:
@@ -79,15 +78,15 @@ def cell_of(scores: dict[str, float], source: str) -> Cell:
 
 
 def recorded(record: dict[str, Any]) -> Cell:
-    """What the record of a task says of its own last stage."""
+    """The test score that the task's last stage recorded."""
     return cell_of(record["results"][record["state"]]["test"], "recorded")
 
 
 def read(folder: str, data_dir: str, device: torch.device) -> Chain:
-    """Goes through the checkpoints of `folder`, in order, with one of them in memory at a time.
+    """Reads the checkpoints of `folder` in order, one in memory at a time.
 
-    InputError if there is none, as checkpoint.load and build_model, and as rescoring.load_data where a task has to be
-    scored anew.
+    Raises InputError if there is none or if they are no chain, and as checkpoint.load, checkpoint.build_model and
+    rescoring.load_data do.
     """
     checkpoint.newest(folder)  # which says what to run where there is none
     chain, seen = Chain(folder), {}  # seen: for each task what it read when it was last scored
@@ -108,9 +107,10 @@ def read(folder: str, data_dir: str, device: torch.device) -> Chain:
         chain.stages.append(stage)
         chain.versions[stage] = content["versions"]
     if others := {task for task, _ in chain.cells} - set(content["tasks"]):
-        raise InputError(f"{path} in {folder} has not learned task {min(others)}: they are no chain, but models apart")
-    chain.records, chain.items = dict(sorted(content["tasks"].items())), len(model.embedding.weight)
-    chain.layers = list(layers_of(model))
+        raise InputError(
+            f"{path} in {folder} has not learned task {min(others)}: they are no chain, but separate models"
+        )
+    chain.records, chain.layers = dict(sorted(content["tasks"].items())), list(layers_of(model))
     return chain
 
 
@@ -122,7 +122,7 @@ def layers_of(model: NextItNet) -> Iterable[Layer]:
 
 
 class Transfer(NamedTuple):
-    """What learning later tasks did to those of one metric; None where no other task has been learned since."""
+    """Of the tasks of one metric; None if none of them was learned before the last task."""
 
     average: float
     backward: float | None
@@ -152,7 +152,7 @@ def transfer(after: dict[int, dict[int, float]], tasks: list[int]) -> Transfer:
 
 
 def by_metric(chain: Chain) -> dict[str, list[int]]:
-    """Tasks by the name of their score, as no mean of an MRR and an accuracy says anything."""
+    """Tasks by metric, as a mean of an MRR and an accuracy says nothing."""
     groups: dict[str, list[int]] = {}
     for task in chain.records:
         groups.setdefault(chain.learned(task).name, []).append(task)
@@ -160,7 +160,7 @@ def by_metric(chain: Chain) -> dict[str, list[int]]:
 
 
 class Room(NamedTuple):
-    """What a task that is not learned yet would take."""
+    """What a further task would keep and leave free."""
 
     task: int
     kept: int  # weights
@@ -168,8 +168,8 @@ class Room(NamedTuple):
 
 
 def room(layers: list[Layer], ratios: list[float]) -> list[Room]:
-    """The tasks that still fit after those that pruned by `ratios`, if each prunes by the last of them: until a layer
-    has no free weight, or the owner map no number, left."""
+    """The further tasks that fit, each with the last of `ratios`, the prune ratios so far: until a layer has no free
+    weight left, or the owner map no number."""
     sizes, free = [sum(layer.counts.values()) for layer in layers], [layer.counts.get(0, 0) for layer in layers]
     rooms = []
     while all(free) and len(ratios) < pruning.MAX_TASKS:

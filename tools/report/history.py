@@ -1,4 +1,4 @@
-"""How each task came to its score, from results.csv."""
+"""Learning curves of the tasks, from results.csv."""
 
 import os
 from typing import NamedTuple
@@ -13,14 +13,14 @@ Point = tuple[float, float]  # epoch, counted through tp and then ret; score
 
 
 class History(NamedTuple):
-    """A task's way through its stages."""
+    """Scores of a task through tp, pruning and ret."""
 
     task: int
-    name: str  # of the score; of two, if they differ between stages
+    name: str  # of the metric; of two, if the stages differ
     curves: dict[str, list[Point]]  # tp and ret: validation scores
-    kept: dict[str, Point]  # tp and ret: the state that was kept, which is the best on validation
+    kept: dict[str, Point]  # tp and ret: the selected epoch, the best on validation
     pruned: Point | None  # its validation score after pruning, where tp ends
-    test: dict[str, Point]  # tp, pruned and ret: score of the kept state on test
+    test: dict[str, Point]  # tp, pruned and ret: test score of the selected epoch
 
 
 def histories(folder: str) -> list[History]:
@@ -33,12 +33,12 @@ def histories(folder: str) -> list[History]:
     except ValueError:
         table = pd.DataFrame()
     if not {"task", "state", "split", "epoch"} <= set(table) or not any(name.startswith(SCORES) for name in table):
-        raise InputError(f"{path} is not the table that the scripts write: put that back")
+        raise InputError(f"{path} is not the table that the scripts write: restore it")
     return [history(task, rows) for task, rows in table.groupby("task")]
 
 
 def history(task: int, rows: pd.DataFrame) -> History:
-    """The rows of results.csv of one task, as points; ret is counted on from the end of tp, where pruning is."""
+    """One task's rows of results.csv as points; epochs of ret are counted from the end of tp, where pruning is."""
     names = sorted((name for name in rows if name.startswith(SCORES)), key=lambda name: not name.endswith("_all"))
     rows = rows.assign(name=rows[names].notna().idxmax(axis=1), score=rows[names].bfill(axis=1).iloc[:, 0])
     end = rows["epoch"].where(rows["state"] == "tp", 0.0).max()

@@ -1,10 +1,13 @@
-"""The report as one HTML file that needs no other: what its sections say and show."""
+"""The report as one self-contained HTML file: what its sections say and show."""
 
 import datetime
 import os
 from pathlib import Path
 
+from conure import metrics
+
 from pruning import FREE, MAX_TASKS, Stage
+from tools.compare import values
 from tools.report import chain as chains
 from tools.report import pictures
 from tools.report.chain import Chain, Room
@@ -12,12 +15,12 @@ from tools.report.history import History
 from tools.report.markup import GENERATOR, Html, element, join, path_cell, picture, table, td
 from tools.report.pictures import DARK, LIGHT
 
-# Which of a picture's renderings a browser takes; paper is always light.
+# Media queries that select the rendering of a picture; print is always light.
 DARK_PAGE, NARROW_PAGE = "screen and (prefers-color-scheme: dark)", "(max-width: 40rem)"
-DESKTOP, PHONE = 9.4, 4.0  # inches across the picture of who owns what
-SMALL_SHARE = 0.01  # of all conv weights: what the capacity section calls too little for a task
-SHOWN_ROOMS = 5  # tasks that it lists at least
-LONG = 18  # characters of a setting, which then takes several lines
+DESKTOP, PHONE = 9.4, 4.0  # width of the picture of weights by owner, inches
+SMALL_SHARE = 0.01  # of all convolution weights: what the capacity section calls too little for a task
+SHOWN_ROOMS = 5  # the least number of tasks that it lists
+LONG = 18  # characters: a longer setting takes several lines
 
 
 def page(chain: Chain, histories: list[History]) -> str:
@@ -33,8 +36,9 @@ def page(chain: Chain, histories: list[History]) -> str:
         element("style", Html(css)),
     )
     sections = [
-        learning(histories),
+        scores(chain),
         matrix(chain),
+        learning(histories),
         ownership(chain),
         capacity(chain, rooms, ratios[-1]),
         settings_and_versions(chain),
@@ -51,6 +55,10 @@ def percent(share: float, digits: int = 1) -> str:
     return f"{share:.{digits}%}".replace("%", "\N{NO-BREAK SPACE}%")
 
 
+def task_list(tasks: list[int]) -> str:
+    return f"task{'' if len(tasks) == 1 else 's'} {', '.join(map(str, tasks))}"
+
+
 def task_name(task: int) -> str:
     return f"task\N{NO-BREAK SPACE}{task}"
 
@@ -60,7 +68,7 @@ def stage_name(stage: Stage) -> str:
 
 
 def header(chain: Chain, title: str, rooms: list[Room]) -> Html:
-    """Title, the main numbers in a sentence, date and folder."""
+    """Title, a sentence of summary, date and folder."""
     now = datetime.datetime.now().strftime("%Y-%m-%d, %H:%M")
     summary = f"One model has learned {tasks_in_words(len(chain.records))}{memory(chain)}; {space(chain, rooms)}."
     return element(
@@ -72,16 +80,11 @@ def header(chain: Chain, title: str, rooms: list[Room]) -> Html:
 
 
 def memory(chain: Chain) -> str:
-    """What has become of the tasks before the last."""
+    """Whether a task before the last was forgotten."""
     *earlier, last = chain.records
     unfinished = f"; task {last} is not retrained yet" if chain.stages[-1] == (last, "tp") and chain.pruned() else ""
     if changed := [task for task in chain.records if chain.changed(task, chain.stages[-1])]:
-        now = (
-            f"task {task} from {chain.learned(task).name} {chain.learned(task).score:.4f} when it was learned to "
-            f"{chain.now(task).score:.4f} now"
-            for task in changed
-        )
-        return f", and {len(changed)} of them changed since: {', '.join(now)}{unfinished}"
+        return f"; {task_list(changed)} changed since{unfinished}"
     if not earlier:
         return unfinished
     who = "task 1 scores" if len(earlier) == 1 else f"tasks 1 to {earlier[-1]} score"
@@ -91,24 +94,131 @@ def memory(chain: Chain) -> str:
 
 
 def space(chain: Chain, rooms: list[Room]) -> str:
-    """What is left for further tasks."""
+    """How much is free for further tasks."""
     if not chain.pruned():
         return "it was never pruned, so that no weight has an owner"
     total, free = sum(chain.counts().values()), chain.counts().get(FREE, 0)
     more = fitting(rooms, total)
-    fit = f"room for {more} more task{'' if more == 1 else 's'} of at least {percent(SMALL_SHARE, 0)} each"
-    return f"{percent(free / total)} of its conv weights are free, {fit}"
+    fit = f"room for {more or 'no'} more task{'' if more == 1 else 's'} of at least {percent(SMALL_SHARE, 0)} each"
+    return f"{percent(free / total)} of its convolution weights are free, {fit}"
+
+
+def scores(chain: Chain) -> Html:
+    """What each task scored, its interval, and what it scores now: what a reader looks at first."""
+    rows, latest = [], chain.stages[-1]
+    for task, record in chain.records.items():
+        learned, (low, high) = chain.learned(task), metrics.interval([values(record, raw=False)])
+        score = f"{learned.score:.4f}"
+        now = score if task == latest.task else matrix_cell(chain, task, latest)
+        examples = record["results"][record["state"]]["test"]["n"]
+        cells = [score, f"[{low:.3f}, {high:.3f}]", now, f"{examples:,}", f"{record['target_count']:,}"]
+        rows.append(
+            [f"{task_name(task)}, {learned.name}", *cells, path_cell(os.path.basename(record["data_path"]), "file")]
+        )
+    head = ["task", "when learned", "95 % interval", "now", "test examples", "targets", "data file"]
+    return element(
+        "section",
+        element("h2", "Scores"),
+        element(
+            "p",
+            "Look here first. A task was forgotten if it scores less now than when it was learned: ",
+            element("span", "▼", class_="key changed"),
+            " marks it.",
+        ),
+        table("Scores", head, rows),
+        element(
+            "p",
+            "On the test split, from 0 to 1; more is better. mrr@k: mean reciprocal rank of the target, 0 beyond rank "
+            "k; mrr@k_all: of the next item at every position, not at the last alone. accuracy: share of the examples "
+            "whose class is predicted right. Intervals are from a bootstrap over users.",
+            class_="small",
+        ),
+    )
+
+
+def matrix(chain: Chain) -> Html:
+    """Every task after every stage, with average, backward transfer and forgetting."""
+    rows = (
+        [f"{task_name(task)}, {chain.learned(task).name}", *(matrix_cell(chain, task, stage) for stage in chain.stages)]
+        for task in chain.records
+    )
+    scored = sum(cell.source == "scored" for cell in chain.cells.values())
+    ret = " and prunes; ret k retrains the weights that pruning kept. After tp it is the pruned model that is scored"
+    return element(
+        "section",
+        element("h2", "Every task after every stage"),
+        element("p", f"Stage tp k trains task k{ret if chain.pruned() else ''}."),
+        table("Scores by task and stage", ["task", *map(stage_name, chain.stages)], rows),
+        element(
+            "p",
+            element("span", "0.1234", class_="key own"),
+            " was recorded by a stage of the task's own. A later score is the same by construction if all that the "
+            "task reads is bit-identical: the convolution weights of tasks 1 to k, the embedding with its updates by "
+            "tasks 2 to k, positions, layer norms, the task's head and its ids. If a bit differs the task is scored "
+            f"again from its data ({scored} of these scores). ",
+            element("span", "▼ ▲", class_="key changed"),
+            " marks a score that differs from the one when the task was learned.",
+            class_="small",
+        ),
+        element("h3", "Average, backward transfer, forgetting"),
+        transfers(chain),
+    )
+
+
+def matrix_cell(chain: Chain, task: int, stage: Stage) -> Html:
+    if (task, stage) not in chain.cells:
+        return td("–", "none")
+    cell, learned = chain.cells[task, stage], chain.learned(task)
+    name = "" if cell.name == learned.name else f" ({cell.name})"
+    if cell.source == "recorded":
+        return td(f"{cell.score:.4f}{name}", "own", "recorded by the stage itself")
+    if chain.changed(task, stage):
+        sign = "▼" if cell.score < learned.score else "▲"
+        title = f"{signed(f'{cell.score - learned.score:.4f}')} since it was learned"
+        return td(f"{sign} {cell.score:.4f}{name}", "changed", title)
+    title = "the same by construction" if cell.source == "same" else "scored again"
+    return td(f"{cell.score:.4f}{name}", "", title)
+
+
+def transfers(chain: Chain) -> Html:
+    after = chain.after()
+    rows = []
+    for name, members in chains.by_metric(chain).items():
+        numbers = chains.transfer(after, members)
+        cells = [f"{numbers.average:.4f}", difference(numbers.backward), difference(numbers.forgetting)]
+        rows.append([f"{name}, {task_list(members)}", *cells])
+    means = table("Averages by metric", ["metric", "average", "backward transfer", "forgetting"], rows)
+    explained = element(
+        "p",
+        "One row per metric, as a mean of different metrics says nothing. R(l, t) is task t's score after the last "
+        f"stage of task l, and T the last task, here after {stage_name(chain.stages[-1])}. Average: the mean of "
+        "R(T, t). Backward transfer (Lopez-Paz and Ranzato 2017, GEM): the mean of R(T, t) − R(t, t) over the tasks "
+        "before T; negative where something was lost. Forgetting (Chaudhry et al. 2018): the mean, over the same, of "
+        "the best of R(t, t) to R(T − 1, t), less R(T, t). A dash: no task of this metric came before T.",
+        class_="small",
+    )
+    return join([means, explained])
+
+
+def difference(value: float | None) -> str:
+    """Signed, or 0 if it is exactly 0."""
+    return "–" if value is None else "0" if value == 0 else signed(f"{value:.4f}")
+
+
+def signed(number: str) -> str:
+    """With a plus or a true minus sign."""
+    return number.replace("-", "−") if number.startswith("-") else f"+{number}"
 
 
 def learning(histories: list[History]) -> Html:
     """A panel for each task of results.csv."""
     legend = element(
         "p",
-        element("span", element("b", "●", class_="tp"), " tp, on validation"),
-        element("span", element("b", "┄┄"), " pruning of the state kept"),
-        element("span", element("b", "●", class_="ret"), " ret, on validation"),
-        element("span", element("b", "○"), " state kept: the best on validation"),
-        element("span", element("b", "◆"), " its score on test"),
+        element("span", element("b", "●", class_="tp"), " tp, on the validation split"),
+        element("span", element("b", "┄┄"), " pruning of the selected epoch's weights"),
+        element("span", element("b", "●", class_="ret"), " ret, on the validation split"),
+        element("span", element("b", "○"), " selected epoch: the best on validation"),
+        element("span", element("b", "◆"), " its score on the test split"),
         class_="legend",
     )
     panels = [curve(history) for history in histories]
@@ -128,82 +238,8 @@ def curve(history: History) -> Html:
     return element("figure", picture(renderings, alt), element("figcaption", caption))
 
 
-def matrix(chain: Chain) -> Html:
-    """Every task after every stage, and what comes of it."""
-    rows = (
-        [f"{task_name(task)}, {chain.learned(task).name}", *(matrix_cell(chain, task, stage) for stage in chain.stages)]
-        for task in chain.records
-    )
-    scored = sum(cell.source == "scored" for cell in chain.cells.values())
-    anew = f"so for {scored} of the scores here" if scored else "which was the case nowhere here"
-    return element(
-        "section",
-        element("h2", "Every task after every stage"),
-        element("p", "Scores on the test part" + ("; after tp, those of the pruned model." if chain.pruned() else ".")),
-        table("Scores by task and stage", ["task", *map(stage_name, chain.stages)], rows),
-        element(
-            "p",
-            element("span", "0.1234", class_="key own"),
-            " was recorded by the task's own stage. Afterwards a score is the same by construction as long as every "
-            "bit that the task reads is the same: the conv weights of tasks 1 to k and their places, embedding, "
-            "positions, layer norms, its head and the ids. The checkpoints are compared bit by bit for that; where a "
-            f"bit differs the task is scored anew with its data, {anew}. ",
-            element("span", "▼ ▲", class_="key changed"),
-            " marks what differs from when the task was learned.",
-            class_="small",
-        ),
-        element("h3", "Average, backward transfer, forgetting"),
-        transfers(chain),
-    )
-
-
-def matrix_cell(chain: Chain, task: int, stage: Stage) -> Html:
-    if (task, stage) not in chain.cells:
-        return td("–", "none")
-    cell, learned = chain.cells[task, stage], chain.learned(task)
-    name = "" if cell.name == learned.name else f" ({cell.name})"
-    if cell.source == "recorded":
-        return td(f"{cell.score:.4f}{name}", "own", "recorded by the stage itself")
-    if chain.changed(task, stage):
-        sign = "▼" if cell.score < learned.score else "▲"
-        title = f"{signed(f'{cell.score - learned.score:.4f}')} since it was learned"
-        return td(f"{sign} {cell.score:.4f}{name}", "changed", title)
-    title = "the same by construction" if cell.source == "same" else "scored anew"
-    return td(f"{cell.score:.4f}{name}", "", title)
-
-
-def transfers(chain: Chain) -> Html:
-    after = chain.after()
-    rows = []
-    for name, members in chains.by_metric(chain).items():
-        numbers = chains.transfer(after, members)
-        cells = [f"{numbers.average:.4f}", difference(numbers.backward), difference(numbers.forgetting)]
-        rows.append([f"{name}, task{'s' if len(members) > 1 else ''} {', '.join(map(str, members))}", *cells])
-    means = table("Averages by metric", ["metric", "average", "backward transfer", "forgetting"], rows)
-    explained = element(
-        "p",
-        "A line per metric, as scores of different kinds have no mean. R(l, t) is task t's score after the last "
-        f"stage of task l, and T the last task, here after {stage_name(chain.stages[-1])}. Average: the mean of "
-        "R(T, t). Backward transfer (Lopez-Paz and Ranzato 2017, GEM): the mean of R(T, t) − R(t, t) over the tasks "
-        "before T; negative where something was lost. Forgetting (Chaudhry et al. 2018): the mean, over the same, of "
-        "the best of R(t, t) to R(T − 1, t), less R(T, t). A dash: no task of this metric came before T.",
-        class_="small",
-    )
-    return join([means, explained])
-
-
-def difference(value: float | None) -> str:
-    """With its sign, unless it is nothing at all."""
-    return "–" if value is None else "0" if value == 0 else signed(f"{value:.4f}")
-
-
-def signed(number: str) -> str:
-    """With a plus, or with a true minus sign."""
-    return number.replace("-", "−") if number.startswith("-") else f"+{number}"
-
-
 def ownership(chain: Chain) -> Html:
-    """A bar per layer, and the sums in a table."""
+    """A bar per layer, and a table of the sums."""
     counts, total = chain.counts(), sum(chain.counts().values())
     rows = [[owner_name(owner), f"{count:,}", percent(count / total)] for owner, count in counts.items()]
     shares = ", ".join(f"{owner_name(owner)} {count / total:.1%}" for owner, count in counts.items())
@@ -215,9 +251,14 @@ def ownership(chain: Chain) -> Html:
     }
     return element(
         "section",
-        element("h2", "Who owns which share of each layer"),
-        element("p", f"Of {total:,} conv weights in {len(chain.layers)} layers, each pruned by itself."),
-        element("figure", picture(renderings, f"Shares of each conv layer. In all: {shares}.")),
+        element("h2", "Weights by owner"),
+        element(
+            "p",
+            f"{total:,} convolution weights in {len(chain.layers)} layers, each pruned on its own. A task owns the "
+            "weights that pruning kept for it: later tasks read them and never change them. Free weights are left to "
+            "later tasks.",
+        ),
+        element("figure", picture(renderings, f"Weights of each layer by owner. In all: {shares}.")),
         table("Weights by owner", ["owner", "weights", "share"], rows),
     )
 
@@ -231,12 +272,8 @@ def fitting(rooms: list[Room], total: int) -> int:
     return sum(room.kept >= SMALL_SHARE * total for room in rooms)
 
 
-def amount(count: int, total: int) -> tuple[str, str]:
-    return f"{count:,}", percent(count / total, 2)
-
-
 def capacity(chain: Chain, rooms: list[Room], ratio: float) -> Html:
-    """What the next tasks would take."""
+    """What the next tasks would keep and leave free."""
     total = sum(chain.counts().values())
     heading = element("h2", "Capacity left")
     if not rooms or not chain.pruned():
@@ -245,21 +282,25 @@ def capacity(chain: Chain, rooms: list[Room], ratio: float) -> Html:
     fit = fitting(rooms, total)
     shown = rooms[: max(fit + 1, SHOWN_ROOMS)]
     shown += rooms[-1:] if shown[-1] != rooms[-1] else []
-    rows = [[task_name(room.task), *amount(room.kept, total), *amount(room.free, total)] for room in shown]
+    rows = [[task_name(room.task), *(percent(count / total, 2) for count in room[1:])] for room in shown]
     if len(shown) > 1 and shown[-1].task - shown[-2].task > 1:
-        rows.insert(-1, ["…"] * 5)
-    end = f"all numbers up to {MAX_TASKS} are owners" if rooms[-1].task == MAX_TASKS else "a layer has no free weight"
+        rows.insert(-1, ["…"] * 3)
+    end = (
+        f"the owner map is out of numbers ({MAX_TASKS})"
+        if rooms[-1].task == MAX_TASKS
+        else "a layer has no free weight"
+    )
     text = (
-        f"With the prune ratio of the last task, {ratio:g}, {fit} more task{' fits' if fit == 1 else 's fit'} until "
-        f"one would keep less than {percent(SMALL_SHARE, 0)} of all conv weights, and {len(rooms)} until "
+        f"With the prune ratio of the last task, {ratio:g}, {fit or 'no'} more task{'' if fit == 1 else 's'} "
+        f"would keep at least {percent(SMALL_SHARE, 0)} of all convolution weights each; {len(rooms)} fit until "
         f"{end if rooms[-1].free else 'no layer has a free weight'}."
     )
-    head = ["task", "keeps", "of all", "leaves free", "of all"]
-    return element("section", heading, element("p", text), table("Further tasks", head, rows))
+    head = ["task", "would keep", "would leave free"]
+    return element("section", heading, element("p", text), table("Further tasks, % of all weights", head, rows))
 
 
 def settings_and_versions(chain: Chain) -> Html:
-    """Hyperparameters of each stage, data of each task, versions of each checkpoint."""
+    """Hyperparameters and versions of each stage."""
     ran = {
         Stage(task, mode): values
         for task, record in chain.records.items()
@@ -267,37 +308,27 @@ def settings_and_versions(chain: Chain) -> Html:
     }
     return element(
         "section",
-        element("h2", "Settings and versions"),
+        element("h2", "Hyperparameters and versions"),
         element("h3", "Hyperparameters"),
         by_stage("Hyperparameters", ran),
-        element("h3", "Data"),
-        data(chain),
         element("h3", "Versions"),
         by_stage("Versions", chain.versions),
     )
 
 
-def by_stage(name: str, values: dict[Stage, dict[str, str]]) -> Html:
-    """A row for every key that any stage has; those with long values, which are paths, at the end."""
-    keys = dict.fromkeys(key for each in values.values() for key in each)
-    long = {key for each in values.values() for key, value in each.items() if len(value) > LONG}
-    ordered = [key for key in keys if key not in long] + [key for key in keys if key in long]
-    rows = ([key, *(setting(each.get(key)) for each in values.values())] for key in ordered)
-    return table(name, ["setting", *map(stage_name, values)], rows)
+def by_stage(name: str, stages: dict[Stage, dict[str, str]]) -> Html:
+    """What all stages have alike, then what differs, a column per stage; long values, which are paths, come last."""
+    first, *others = stages.values()
+    alike = {key: value for key, value in first.items() if all(each.get(key) == value for each in others)}
+    keys = dict.fromkeys(key for each in stages.values() for key in each if key not in alike)
+    long = [key for key in keys if any(len(each.get(key, "")) > LONG for each in stages.values())]
+    ordered = [key for key in keys if key not in long] + long
+    rows = [[key, *(setting(each.get(key)) for each in stages.values())] for key in ordered]
+    same = table(f"{name} of every stage", ["name", "every stage"], ([key, setting(alike[key])] for key in alike))
+    return join([same, *([table(name, ["name", *map(stage_name, stages)], rows)] if rows else [])])
 
 
 def setting(value: str | None) -> Html:
     if value is None:
         return td("–", "none")
     return path_cell(value) if len(value) > LONG else td(value)
-
-
-def data(chain: Chain) -> Html:
-    rows = []
-    for task, record in chain.records.items():
-        scores = next(iter(record["results"].values()))
-        sizes = [record["target_count"], *(scores[split]["n"] for split in ("validation", "test"))]
-        held_out = f"{record['split']['test_fraction']:g}"
-        rows.append([task_name(task), path_cell(record["data_path"]), *(f"{size:,}" for size in sizes), held_out])
-    head = ["task", "file", "target ids", "rows of validation", "rows of test", "share held out"]
-    return join([element("p", f"{chain.items:,} ids of items."), table("Data", head, rows)])

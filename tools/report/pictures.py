@@ -11,7 +11,7 @@ import numpy as np
 try:
     import matplotlib
 except ImportError:
-    raise InputError("the pictures take matplotlib: .venv/bin/python -m pip install matplotlib") from None
+    raise InputError("the report draws with matplotlib: run .venv/bin/python -m pip install matplotlib") from None
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -21,7 +21,7 @@ from tools.report.history import History, Point
 
 
 class Theme(NamedTuple):
-    """Colours of one page; tp's and ret's are told apart by colour-blind readers (Okabe and Ito)."""
+    """Colours of a page; those of tp and ret differ for colour-blind readers too (Okabe and Ito)."""
 
     paper: str
     ink: str
@@ -35,7 +35,7 @@ class Theme(NamedTuple):
 
 LIGHT = Theme("#ffffff", "#1b2330", "#5a6473", "#d9dee5", "#0072b2", "#c24d00", "#e6e9ee", (0.1, 0.85))
 DARK = Theme("#14181e", "#e8ebf0", "#a5afbd", "#343c47", "#56b4e9", "#f0a030", "#2b323c", (0.35, 1.0))
-TASK_COLOURS = "viridis"  # from dark to light, in any vision and in print too
+TASK_COLOURS = "viridis"  # from dark to light, in greyscale too
 
 
 def style(theme: Theme) -> dict[str, object]:
@@ -71,7 +71,7 @@ def style(theme: Theme) -> dict[str, object]:
 
 
 def svg(theme: Theme, size: tuple[float, float], draw: Callable[[Figure], None]) -> bytes:
-    """A picture without a background of its own, `size` in inches."""
+    """An SVG with a transparent background, `size` in inches."""
     with matplotlib.rc_context(style(theme)):
         figure, file = Figure(size, layout="constrained"), io.BytesIO()
         draw(figure)
@@ -80,14 +80,13 @@ def svg(theme: Theme, size: tuple[float, float], draw: Callable[[Figure], None])
 
 
 def learning_curve(history: History, theme: Theme) -> bytes:
-    """The panel of one task."""
-    return svg(theme, (4.7, 2.9), lambda figure: draw_history(figure.subplots(), history, theme))
+    return svg(theme, (4.2, 2.8), lambda figure: draw_history(figure.subplots(), history, theme))
 
 
 def draw_history(axes: Axes, history: History, theme: Theme) -> None:
-    """Validation through tp, the drop by pruning, validation through ret; the states kept, and their test scores."""
+    """Validation scores of tp, the drop by pruning, those of ret; the selected epochs and their test scores."""
     axes.set_title(f"Task {history.task}")
-    axes.set(xlabel="epoch, through tp and then ret", ylabel=history.name)
+    axes.set(xlabel="epochs of tp, then of ret", ylabel=f"{history.name} (0 to 1)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if history.pruned:
         axes.axvline(history.pruned[0], color=theme.line, linewidth=0.8, zorder=1)
