@@ -208,7 +208,7 @@ def test_a_broken_weight_is_seen_and_counted(chain_copy, tmp_path, run_here):
     *forgetting, none = page.column("Averages by metric", "forgetting")
     assert none == "–" and lost[0] > 0
     assert list(map(float, forgetting)) == pytest.approx([lost[0], sum(lost[1:]) / 2], abs=1e-4)
-    assert re.search(r"learned 4 tasks; tasks? 1.* changed since; ", page.text)
+    assert re.search(r"learned 4 tasks; tasks? 1\b.* no longer scores? as when learned; ", page.text)
     assert [row[3] for row in page.tables["Scores"][1:]] == [row[-1] for row in rows]
 
 

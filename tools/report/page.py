@@ -84,7 +84,8 @@ def memory(chain: Chain) -> str:
     *earlier, last = chain.records
     unfinished = f"; task {last} is not retrained yet" if chain.stages[-1] == (last, "tp") and chain.pruned() else ""
     if changed := [task for task in chain.records if chain.changed(task, chain.stages[-1])]:
-        return f"; {task_list(changed)} changed since{unfinished}"
+        verb = "scores" if len(changed) == 1 else "score"
+        return f"; {task_list(changed)} no longer {verb} as when learned{unfinished}"
     if not earlier:
         return unfinished
     who = "task 1 scores" if len(earlier) == 1 else f"tasks 1 to {earlier[-1]} score"
@@ -115,7 +116,7 @@ def scores(chain: Chain) -> Html:
         rows.append(
             [f"{task_name(task)}, {learned.name}", *cells, path_cell(os.path.basename(record["data_path"]), "file")]
         )
-    head = ["task", "when learned", "95 % interval", "now", "test examples", "targets", "data file"]
+    head = ["task", "when learned", "95 % interval", "now", "test examples", "target ids", "data file"]
     return element(
         "section",
         element("h2", "Scores"),
@@ -130,7 +131,7 @@ def scores(chain: Chain) -> Html:
             "p",
             "On the test split, from 0 to 1; more is better. mrr@k: mean reciprocal rank of the target, 0 beyond rank "
             "k; mrr@k_all: of the next item at every position, not at the last alone. accuracy: share of the examples "
-            "whose class is predicted right. Intervals are from a bootstrap over users.",
+            "whose class is predicted right. Intervals are from a bootstrap over users. Target ids include <UNK>.",
             class_="small",
         ),
     )
