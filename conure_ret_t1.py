@@ -1,4 +1,4 @@
-"""Task 1, retrain: trains the conv weights that task 1 kept until they make up for those it lost.
+"""Task 1, retrain: trains the conv weights that pruning kept, to recover what it cost.
 
 READS  Data/Session/original_desen_pretrain.csv, Data/Session/index.csv,
        checkpoints/tp_t1.pt
@@ -21,21 +21,21 @@ class Hyperparameters(Running):
     data_path: str = "Data/Session/original_desen_pretrain.csv"  # a user a line: item,…
     seed: Seed = 10  # of initial weights, shuffling, negative sampling and dropout
     batch_size: Count = 32  # sequences a step
-    epochs: Count = 10  # passes over the training part
+    epochs: Count = 10  # passes over the training examples
     learning_rate: Positive = 1e-3  # of Adam
     table_rate: Positive = ours(10.0, original=1.0)  # learning-rate multiplier of the head; if tied, of its bias
     decay: bool = ours(True, original=False)  # decay the learning rates linearly to 0 at the last step
-    average_last: Below1 = 0.0  # share of the steps, the last ones, over which weights are averaged
+    average_last: Below1 = 0.0  # share of the steps, at the end, over which weights are averaged
     beta1: Below1 = 0.9  # of Adam
-    negative_fraction: UpTo1 = 0.2  # share of the items drawn as negatives at each step; 1: full softmax
-    padding_in_loss: bool = ours(False, original=True)  # predict padding too
-    dropout: Below1 = ours(0.3, original=0.0)  # dropout probability, of embeddings, residual blocks and last states
-    test_fraction: Share = 0.2  # share held out: half validation, half test; as in tp
-    split_seed: SplitSeed = 10  # of which examples are held out
-    top_k: Count = 5  # cut-off of MRR, HR and NDCG
-    all_positions: bool = ours(True, original=False)  # of held-out rows: score and select by each, not the last alone
-    leave_out: LeaveOut = ours("auto", original="nothing")  # known: row's items are no candidates; auto: if few recur
-    as_original: bool = False  # train as the published code does: with the value named `original` wherever there is one
+    negative_fraction: UpTo1 = 0.2  # share of the items sampled as negatives in a step; 1: full softmax
+    padding_in_loss: bool = ours(False, original=True)  # have a loss for padding as next item too
+    dropout: Below1 = ours(0.3, original=0.0)  # dropout probability of embeddings, residual blocks and hidden states
+    test_fraction: Share = 0.2  # share of the examples held out, half for validation, half for test; as in tp
+    split_seed: SplitSeed = 10  # of the choice of held-out examples
+    top_k: Count = 5  # k of MRR@k, HR@k and NDCG@k
+    all_positions: bool = ours(True, original=False)  # evaluate at every position of a row, not at the last alone
+    leave_out: LeaveOut = ours("auto", original="nothing")  # known: a row's items are no candidates; auto: if few recur
+    as_original: bool = False  # train as the published code does: take each value called `original`
 
 
 def main(hp: Hyperparameters) -> None:

@@ -1,4 +1,4 @@
-"""Task 3, retrain: trains the conv weights that task 3 kept until they make up for those it lost.
+"""Task 3, retrain: trains the conv weights that pruning kept, to recover what it cost.
 
 READS  Data/Session/original_desen_finetune_like_nouserID.csv, Data/Session/index.csv,
        checkpoints/tp_t3.pt
@@ -33,23 +33,23 @@ class Hyperparameters(Running):
     data_path: str = "Data/Session/original_desen_finetune_like_nouserID.csv"  # a user a line: item,…,,target,…
     seed: Seed = 10  # of initial weights, shuffling, negative sampling and dropout
     batch_size: Count = 512  # examples a step
-    group_by_user: bool = ours(True, original=False)  # a user's examples follow each other: a step encodes a user once
-    epochs: Count = 100  # passes over the training part
+    group_by_user: bool = ours(True, original=False)  # keep a user's examples together, so a step encodes the user once
+    epochs: Count = 100  # passes over the training examples
     learning_rate: Positive = 1e-4  # of Adam
-    table_rate: Positive = 1.0  # learning-rate multiplier of the head
+    table_rate: Positive = 1.0  # learning-rate multiplier of head and update
     decay: bool = False  # decay the learning rates linearly to 0 at the last step
-    average_last: Below1 = ours(0.5, original=0.0)  # share of the steps, the last ones, over which weights are averaged
+    average_last: Below1 = ours(0.5, original=0.0)  # share of the steps, at the end, over which weights are averaged
     beta1: Below1 = 0.9  # of Adam
     loss: losses.Name = ours("softmax", original="bpr")  # softmax over all targets; bpr: one sampled negative
-    rho: Positive = 0.3  # of the negative sampling of bpr: the smaller, the more often popular targets are drawn
-    dropout: Below1 = 0.0  # dropout probability, of embeddings, residual blocks and last states
-    l2: NonNegative = ours(0.005, original=0.05)  # l2 * sum(w^2) / 2 over the head, of its change if informed
-    test_fraction: Share = 0.2  # share held out: half validation, half test; as in tp
-    split_seed: SplitSeed = 10  # of which examples are held out
-    split_by: SplitBy = "example"  # hold out examples, or users, of whom training then knows nothing
-    top_k: Count = 5  # cut-off of MRR, HR and NDCG
-    leave_out: LeaveOut = ours("auto", original="nothing")  # no candidates: targets of training; known: row's items too
-    as_original: bool = False  # train as the published code does: with the value named `original` wherever there is one
+    rho: Positive = 0.3  # of bpr's negative sampling: the smaller, the more popular the negatives
+    dropout: Below1 = 0.0  # dropout probability of embeddings, residual blocks and hidden states
+    l2: NonNegative = ours(0.005, original=0.05)  # l2 * |w|^2 / 2 of the head, or of its distance to task 1's head
+    test_fraction: Share = 0.2  # share of the examples held out, half for validation, half for test; as in tp
+    split_seed: SplitSeed = 10  # of the choice of held-out examples
+    split_by: SplitBy = "example"  # hold out examples, or whole users
+    top_k: Count = 5  # k of MRR@k, HR@k and NDCG@k
+    leave_out: LeaveOut = ours("auto", original="nothing")  # training targets are no candidates; known: nor the row
+    as_original: bool = False  # train as the published code does: take each value called `original`
 
 
 def main(hp: Hyperparameters) -> None:
