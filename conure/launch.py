@@ -1,4 +1,4 @@
-"""How a script runs and ends: in how many processes, and what it says when its input is bad."""
+"""How a script starts and ends: processes, exit codes, and one line for bad input."""
 
 import contextlib
 import os
@@ -11,20 +11,20 @@ from conure import settings
 from conure.errors import InputError, NothingToDo
 
 TORCHRUN = ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-NEEDS_MEMORY = ("batch_size", "channels", "negative_fraction")  # fields of which a lower value needs less memory
-OUT_OF_MEMORY = ("DefaultCPUAllocator: ", "CUDA error: out of memory")  # in the RuntimeErrors that have no own class
+NEEDS_MEMORY = ("batch_size", "channels", "negative_fraction")  # fields to lower if memory is short
+OUT_OF_MEMORY = ("DefaultCPUAllocator: ", "CUDA error: out of memory")  # in messages of plain RuntimeErrors
 
 
 def by_torchrun() -> bool:
-    """Whether torchrun started this process; a variable or two of its may be left over from something else."""
+    """Whether torchrun started this process: all of its variables are set, as one or two may be left over."""
     return all(name in os.environ for name in TORCHRUN)
 
 
 def group_of(hyperparameters: Any) -> contextlib.AbstractContextManager:
-    """Nothing, unless torchrun started several processes of a script that trains or scores."""
+    """The process group, if torchrun started several processes of a script that trains or scores."""
     if not by_torchrun() or os.environ["WORLD_SIZE"] == "1" or not hasattr(hyperparameters, "device"):
         return contextlib.nullcontext()
-    from conure import processes  # only now, as it loads torch
+    from conure import processes  # here, as it imports torch
 
     return processes.group(hyperparameters.device)
 
@@ -32,17 +32,17 @@ def group_of(hyperparameters: Any) -> contextlib.AbstractContextManager:
 def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError):
         return True
-    import torch  # only now, as some modules do without
+    import torch  # here, as some programs do without it
 
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def run(main: Callable[[Any], int | None], block: type, about: str) -> NoReturn:
-    """Runs a script's `main` with its settings and ends the process: 0, 2 for bad input, 130 for Ctrl-C.
+    """Runs a script's `main` with its settings and exits: 0, 2 for bad input, 130 for Ctrl-C.
 
-    Ctrl-C during training does not come here: training takes it as the end of training.
+    Training handles Ctrl-C itself, as the end of training.
     """
-    # A log file or a pipe gets each line when it is printed; what its encoding lacks is printed as \u2026.
+    # Logs and pipes get each line at once; characters that the encoding lacks are printed like \u2026.
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         hyperparameters = settings.from_command_line(block, about)
@@ -53,7 +53,7 @@ def run(main: Callable[[Any], int | None], block: type, about: str) -> NoReturn:
         if not by_torchrun() or os.environ["RANK"] == "0":
             print(done)
         sys.exit(0)
-    except BrokenPipeError:  # what read the output, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (InputError, OSError) as error:

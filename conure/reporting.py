@@ -1,4 +1,4 @@
-"""What a run prints and records: its settings, progress, RESULT lines, results.csv."""
+"""What a run prints and records: settings, hints, progress, RESULT lines, results.csv."""
 
 import csv
 import os
@@ -22,10 +22,10 @@ from tqdm import tqdm
 from data_loader import TaskData
 from pruning import Stage
 
-SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal to draw a bar on
-COLUMNS = ("state", "task", "split", "epoch", "n", "seconds")  # of results.csv, besides those of scores
-INITIAL_DEVIATION = 0.02  # of conv weights, embedding and later heads: what Adam must be able to exceed
-FEW_TARGETS = 100  # up to which the targets of users with one each may be classes
+SECONDS_BETWEEN_LINES = 30  # of progress, if there is no terminal for a bar
+COLUMNS = ("state", "task", "split", "epoch", "n", "seconds")  # of results.csv, besides scores
+INITIAL_DEVIATION = 0.02  # standard deviation of initial weights
+FEW_TARGETS = 100  # with one target a user, up to so many targets are probably classes
 RANKED = {  # what `leave_out` means
     "nothing": "among all",
     "targets": "among all but the targets that the user has in training",
@@ -60,7 +60,7 @@ def announce(
 
 
 def hints(hp: Any, data: TaskData, protocol: Protocol) -> Iterator[str]:
-    """What in settings and data looks unintended."""
+    """Settings that hardly train, and classes that are learned as items."""
     steps = hp.epochs * -(-len(data.splits["train"]) // hp.batch_size)
     if steps * hp.learning_rate < INITIAL_DEVIATION:
         yield (
@@ -85,10 +85,10 @@ def standing(ranks: Ranks, protocol: Protocol, popular: float) -> str:
 
 
 class Progress:
-    """A bar with loss, steps/s and time left on a terminal; elsewhere a line now and then."""
+    """A progress bar with loss, steps/s and time left; without a terminal a line every SECONDS_BETWEEN_LINES."""
 
     def __init__(self, steps: int, step: int):
-        """`step`: where a resumed run starts, else 0."""
+        """`step`: the first one, 0 unless the run resumed."""
         off = not sys.stderr.isatty() or not processes.is_main()
         self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=off)
         self.steps, self.first, self.step = steps, step, step
@@ -101,7 +101,7 @@ class Progress:
         self.step += 1
         self.bar.update()
         now = time.monotonic()
-        # Reading the loss waits for the device, so it is not done at every step.
+        # Reading the loss waits for the device, so not at every step.
         if self.bar.disable and now - self.shown >= SECONDS_BETWEEN_LINES:
             rate = (self.step - self.first) / (now - self.started)
             left = tqdm.format_interval((self.steps - self.step) / rate)
@@ -116,13 +116,13 @@ class Progress:
 
 
 def result_line(row: dict[str, Any]) -> str:
-    """`RESULT task=2 state=ret split=test epoch=30 mrr@5=0.0312 …`: scores to four decimals."""
+    """`RESULT task=2 state=ret split=test epoch=30 mrr@5=0.0312 …`, scores with four decimals."""
     formats = {"seconds": ".1f", "epoch": "g"} | {name: ".4f" for name in row if name.startswith(SCORES)}
     return "RESULT " + " ".join(f"{name}={value:{formats.get(name, '')}}" for name, value in row.items())
 
 
 def read_results(path: str) -> pd.DataFrame:
-    """The table in results.csv as text, so that no number is rounded; InputError if it is no such table."""
+    """results.csv as text, so that no number is rounded; InputError if it is another kind of table."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             header, *rows = csv.reader(file)
@@ -141,7 +141,7 @@ def read_results(path: str) -> pd.DataFrame:
 
 
 class Results:
-    """results.csv: the rows of other stages as they were, and those of this one, of which a resumed run drops none."""
+    """results.csv: the rows of other stages, kept as they are, and those of this one, kept when a run resumes."""
 
     def __init__(self, path: str, stage: Stage):
         self.path, self.task = path, stage.task
@@ -152,7 +152,7 @@ class Results:
             self.others = table[(table["task"] != str(stage.task)) | ~table["state"].isin(states)]
 
     def add(self, state: str, split: str, epoch: float, scores: dict[str, float], seconds: float) -> None:
-        """Prints a RESULT line and writes it to the file; its columns are all the fields that any row has."""
+        """Prints a RESULT line and adds it to the file, which has a column for each field of any row."""
         row = {
             "task": self.task,
             "state": state,

@@ -1,7 +1,7 @@
-"""Settings blocks: dataclasses at the top of a script, one field a line with a comment behind it.
+"""Settings blocks: dataclasses at the top of a script, one field a line, each with a comment.
 
-A field's type says which values it may have. Every field is also a flag of the same name, and its comment is the
-flag's help.
+A field's type gives the values that it may have. Each field is also a flag of the same name, with the comment as its
+help.
 """
 
 import argparse
@@ -20,14 +20,14 @@ ROOT = Path(__file__).parents[1]  # where the scripts are
 
 
 class Range(NamedTuple):
-    """The numbers that a field may hold; as in mathematics, "(" leaves out `low` itself and ")" leaves out `high`."""
+    """The numbers that a field may hold. As in mathematics, "(" excludes `low` itself and ")" excludes `high`."""
 
     low: float
     high: float = math.inf
     ends: str = "[]"
 
     def allows(self, value: float | tuple[int, ...]) -> bool:
-        """Of a tuple, whether each of its numbers is in the range."""
+        """Whether the value, or each number of a tuple, is in the range."""
         if isinstance(value, tuple):
             return all(map(self.allows, value))
         above = self.low < value if self.ends[0] == "(" else self.low <= value
@@ -72,7 +72,7 @@ SplitBy = Literal["example", "user"]
 LeaveOut = Literal["auto", "known", "targets", "nothing"]
 Tied = Literal["auto", "yes", "no"]
 
-# The types that these are made of, and what their values look like on the command line.
+# Base type → the form of its values on the command line.
 FORMS = {
     str: "TEXT",
     int: "INT",
@@ -84,37 +84,37 @@ FORMS = {
 
 
 def ours(value: Any, original: Any) -> Any:
-    """A field of a block whose value is not the original's; `--as_original` sets it to that."""
+    """A field whose default is not the original's value; `--as_original` sets it to that."""
     return dataclasses.field(default=value, metadata={"original": original})
 
 
 def positional() -> Any:
-    """A field that has no default and is given without its name."""
+    """A positional argument: no default, given without its name."""
     return dataclasses.field(metadata={"positional": True})
 
 
 @dataclasses.dataclass
 class Running:
-    """How a script of the chain runs, whatever it learns; the blocks of all eight inherit this."""
+    """How a script of the chain runs, whatever it learns. The blocks of all eight scripts inherit these."""
 
-    index_path: str = "Data/Session/index.csv"  # ids of the items: conure_tp_t1.py writes it, the others read it
+    index_path: str = "Data/Session/index.csv"  # item ids: conure_tp_t1.py writes it, the other scripts read it
     checkpoint_dir: str = "checkpoints"  # checkpoints and results.csv, read and written
     device: Device = "auto"  # auto: cuda if there is a GPU
     precision: Precision = ours("auto", original="float32")  # of products in training; auto: bfloat16 where native
     compile: bool = False  # use torch.compile; the first steps take half a minute or more
     eval_every: Interval = 0  # steps between evaluations on validation; 0: once an epoch
-    snapshot_minutes: NonNegative = 10  # between snapshots, from which an interrupted run resumes; 0: at evaluations
-    overwrite: bool = False  # redo a stage that is finished, or was begun with other settings
+    snapshot_minutes: NonNegative = 10  # between snapshots, from which a run resumes; 0: at evaluations alone
+    overwrite: bool = False  # redo a stage that is finished, or that was started with other settings
 
 
 def of_script(name: str, **changes: Any) -> Any:
-    """The settings that a script has without flags, as they stand in its file, but for `changes`."""
+    """The settings of a script without flags, with `changes`."""
     block = runpy.run_path(str(ROOT / name), run_name=Path(name).stem)["Hyperparameters"]
     return resolve(block, changes, name)
 
 
 def from_command_line(block: type, about: str, arguments: list[str] | None = None) -> Any:
-    """The block's values with those given on the command line in their place; InputError if one makes no sense."""
+    """The block's values, replaced by those on the command line; InputError if one is not allowed."""
     types, given = get_type_hints(block, include_extras=True), {}
     for name, text in vars(parser_of(block, about).parse_args(arguments)).items():
         if text is not None:
@@ -126,9 +126,9 @@ def from_command_line(block: type, about: str, arguments: list[str] | None = Non
 
 
 def resolve(block: type, given: dict[str, Any], script: str = "the script") -> Any:
-    """The block's values, or the original's if it says `as_original`, with those `given` in their place.
+    """The block's values, or the original's with `as_original`, replaced by those `given`.
 
-    InputError if one makes no sense.
+    InputError if one is not allowed.
     """
     values = block(**given)
     if getattr(values, "as_original", False):
@@ -146,20 +146,20 @@ def resolve(block: type, given: dict[str, Any], script: str = "the script") -> A
 
 
 def kind_and_limits(of_type: Any) -> tuple[Any, Range | OneOf | None]:
-    """A field's type without its limits, which is one of FORMS, and the limits."""
+    """A field's base type, one of FORMS, and its limits."""
     if get_origin(of_type) is Literal:
         return str, OneOf(get_args(of_type))
     return get_args(of_type) if get_origin(of_type) is Annotated else (of_type, None)
 
 
 def form(of_type: Any) -> str:
-    """What values of a field's type look like on the command line."""
+    """The form of values of a type on the command line."""
     kind, limits = kind_and_limits(of_type)
     return "|".join(limits) if isinstance(limits, OneOf) else FORMS[kind]
 
 
 def parse(text: str | list[str], kind: Any) -> Any:
-    """The text, or for tuple[str, ...] the texts, as a value of `kind`, one of FORMS; ValueError if it is none."""
+    """The text, or for tuple[str, ...] the texts, as a value of `kind`, one of FORMS; ValueError if malformed."""
     if kind is bool:
         return ("false", "true").index(text.lower()) == 1
     if kind == tuple[int, ...]:
@@ -168,7 +168,7 @@ def parse(text: str | list[str], kind: Any) -> Any:
 
 
 def is_of(value: Any, kind: Any) -> bool:
-    """Whether a value is of `kind`, one of FORMS; a whole number may stand for a float."""
+    """Whether a value is of `kind`, one of FORMS; an int may stand for a float."""
     if kind == tuple[int, ...]:
         return isinstance(value, tuple) and len(value) > 0 and all(type(part) is int for part in value)
     if kind == tuple[str, ...]:
@@ -177,7 +177,7 @@ def is_of(value: Any, kind: Any) -> bool:
 
 
 def comments(block: type) -> dict[str, str]:
-    """The comment behind each field of a block, those that it inherits included."""
+    """Field → its comment, inherited fields included."""
     source = "".join(inspect.getsource(each) for each in reversed(block.__mro__[:-1]))
     return dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
 
@@ -188,7 +188,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parser_of(block: type, about: str) -> OneLineParser:
-    """A flag for every field; those of `Running` come last in the help, under a title of their own."""
+    """A parser with a flag for every field; the help lists those of `Running` last, under a heading."""
     module = sys.modules["__main__"].__spec__  # None for a script
     program = f"-m {module.name.removesuffix('.__main__')}" if module else "%(prog)s"
     first = [field.name for field in dataclasses.fields(block) if "positional" in field.metadata]

@@ -1,4 +1,4 @@
-"""The run of one stage: train, keep the best, report, prune, save; and resume where an interrupted run was."""
+"""The run of one stage: resume or start, train, keep the best weights, report, prune, save."""
 
 import os
 import time
@@ -25,17 +25,17 @@ from data_loader import TaskData
 from nextitnet import NextItNet
 from pruning import Stage
 
-CHECK_EVERY = 50  # steps between looks at the losses, for which a GPU has to finish what it was given
+CHECK_EVERY = 50  # steps between checks that losses are finite, for which a GPU must finish its queue
 BETA2, ADAM_EPS = 0.999, 1e-8  # the original's, which are Adam's defaults
 
 
 def adam(parameters: list, learning_rate: float, beta1: float) -> torch.optim.Adam:
-    """Fused, which makes no copies of the large tables; `parameters` may be groups with learning rates of their own."""
+    """Fused Adam, which does not copy the large tables; `parameters` may be groups with their own learning rates."""
     return torch.optim.Adam(parameters, lr=learning_rate, betas=(beta1, BETA2), eps=ADAM_EPS, fused=True)
 
 
 def parameter_groups(model: NextItNet, task: int, table_learning_rate: float) -> list[dict[str, Any]]:
-    """What the model lets train, as two groups for Adam: the rest, and its tables with a learning rate of their own."""
+    """The trained parameters as two groups for Adam: the rest, then the tables, with their own rate."""
     tables = model.tables(task)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     others = [parameter for parameter in trained if parameter not in tables]
@@ -43,14 +43,14 @@ def parameter_groups(model: NextItNet, task: int, table_learning_rate: float) ->
 
 
 def count_trained(model: NextItNet, stage: Stage, trained: list[nn.Parameter]) -> int:
-    """How many numbers the stage trains: of the conv weights only those that get a gradient."""
+    """The number of weights that the stage trains; of a conv weight only what the owner map lets it train."""
     owners = [layer.owner for layer in pruning.owned_weights(model) if layer.weight.requires_grad]
     frozen = sum(int((~pruning.used_and_trained(owner, stage)[1]).sum()) for owner in owners)
     return sum(parameter.numel() for parameter in trained) - frozen
 
 
 def shuffled_examples(data: TaskData, random: np.random.Generator, by_user: bool) -> np.ndarray:
-    """The training examples in random order; with `by_user` users in random order, and each one's examples together."""
+    """The training examples in random order; with `by_user` each user's examples together, users in random order."""
     shuffled = random.permutation(data.splits["train"])
     if not by_user:
         return shuffled
@@ -74,8 +74,8 @@ class Run:
         metric: str = "ranking",
         files: Callable[..., StageFiles] = StageFiles,
     ):
-        """`hp` is the script's hyperparameter block; resumes from a snapshot if there is one. Raises as `files`
-        does, which is given the first three."""
+        """Resumes from a snapshot if there is one. `hp` is the script's hyperparameter block. Raises as `files`, which
+        gets the first three arguments."""
         print(f"task {stage.task}, {stage.mode}")
         self.hp, self.stage, self.data = hp, stage, data
         self.protocol = ranking.protocol_of(hp, metric, data)
@@ -83,12 +83,12 @@ class Run:
         self.files = files(hp, stage, data)
         with self.files.closed_on_failure():
             make_deterministic(self.device)
-            torch.manual_seed(hp.seed)  # of initial values
+            torch.manual_seed(hp.seed)  # of initial weights
             self.model, informed = initial_model(self.files, self.device)
             trained = self.model.train_only(stage)
             groups = parameter_groups(self.model, stage.task, hp.table_rate * hp.learning_rate)
             optimiser = adam(groups, hp.learning_rate, hp.beta1)
-            # Facts of the task for the checkpoint; the count is taken before pruning gives weights an owner.
+            # For the checkpoint. Trained weights are counted now, as pruning will give them an owner.
             count = count_trained(self.model, stage, trained)
             self.facts = {"protocol": asdict(self.protocol), "trained": count, "informed": informed}
             self.scores: dict[str, dict[str, dict[str, float]]] = {}  # state → split → scores, for the checkpoint
@@ -97,19 +97,19 @@ class Run:
             self.stop = StopRequest()
             resumed = self.files.snapshot.resume(self.state, self.device)
             identity = self.files.identity
-            identity["precision"] = pick_precision(identity["precision"], self.device)  # a resumed run keeps its own
+            identity["precision"] = pick_precision(identity["precision"], self.device)  # a resumed run has one
             announce(hp, data, self.model, count, self.device, identity["precision"], self.protocol)
-            processes.wait()  # until all have read what the first one is about to remove or to write over
+            processes.wait()  # until all have read the snapshot, which the first process may now remove or replace
             if not resumed:
                 self.files.snapshot.remove()
 
     def train(self, loss: Loss, to_the_end: bool = False) -> None:
-        """Adam over `epochs`, evaluating every `eval_every` steps; keeps the state that is best on validation.
+        """Trains with Adam for `epochs`, evaluates every `eval_every` steps, and keeps the weights best on validation.
 
-        Ctrl-C ends training as if it had converged, or with `to_the_end` leaves it unfinished. InputError if the loss
-        is not finite.
+        Ctrl-C ends training as if it had converged; with `to_the_end` it leaves the stage unfinished. InputError if the
+        loss is not finite.
         """
-        # Several processes could not agree on the step at which to stop.
+        # Several processes would have to agree on the step at which to stop.
         if processes.own_shard().count == 1 and not to_the_end:
             self.stop.listen()
         with self.files.closed_on_failure():
@@ -118,7 +118,7 @@ class Run:
             self.report(self.stage.mode, ("test",))
 
     def take_steps(self, loss: Loss) -> None:
-        """All steps from the present one on, with evaluations and snapshots in between."""
+        """Takes all remaining steps, with evaluations and snapshots in between."""
         state, generator = self.state, torch.Generator()
         steps_per_epoch = -(-len(self.data.splits["train"]) // self.hp.batch_size)
         steps = self.hp.epochs * steps_per_epoch
@@ -126,7 +126,7 @@ class Run:
         objective = self.objective(loss, generator)
         if state.step == 0:
             self.validate()
-        saved, losses = time.monotonic(), []  # losses: of the steps since they were last checked
+        saved, losses = time.monotonic(), []  # losses since the last check
         with Progress(steps, state.step) as progress:
             for batch in self.batches(steps_per_epoch):
                 started = time.perf_counter()
@@ -138,7 +138,7 @@ class Run:
                     state.average()
                 state.epoch = round(state.step / steps_per_epoch, 4)
                 progress.advance(losses[-1])
-                stopping = self.stop.requested  # looked at once, as it may come true at any moment
+                stopping = self.stop.requested  # read once, as a signal may set it at any moment
                 evaluating = state.step % eval_every == 0 or state.step == steps or stopping
                 snapshot = evaluating or 0 < self.hp.snapshot_minutes <= (time.monotonic() - saved) / 60
                 if snapshot or len(losses) == CHECK_EVERY:
@@ -155,16 +155,16 @@ class Run:
                     break
 
     def objective(self, loss: Loss, generator: torch.Generator) -> Objective:
-        """What gives this process's share of a batch's loss."""
+        """A function from a batch to this process's share of its loss."""
         if self.hp.compile and can_compile(self.device):
             self.model.compiled = torch.compile(self.model.states)
         precision = getattr(torch, self.files.identity["precision"])
         return Objective(loss, self.model, self.stage, generator, precision)
 
     def batches(self, steps_per_epoch: int) -> Iterator[np.ndarray]:
-        """Every training example once an epoch, from the present step on; the order follows from seed and epoch."""
+        """Yields batches of examples from the current step on; an epoch's order is a function of seed and epoch."""
         size, (epoch, position) = self.hp.batch_size, divmod(self.state.step, steps_per_epoch)
-        by_user = getattr(self.hp, "group_by_user", False)  # task 1 has no such setting: its rows are its examples
+        by_user = getattr(self.hp, "group_by_user", False)  # not in task 1, whose rows are its examples
         for number in range(epoch, self.hp.epochs):
             random = np.random.default_rng((self.hp.seed, number))
             shuffled = shuffled_examples(self.data, random, by_user)
@@ -173,9 +173,9 @@ class Run:
             position = 0
 
     def set_seeds(self, generator: torch.Generator) -> None:
-        """The step's random numbers: negatives, the same ones in every process, and dropout, others in each.
+        """Seeds the step's negatives, alike in all processes, and its dropout masks, different in each.
 
-        They follow from seed and step, so that a resumed run draws what the untouched one draws.
+        Both are functions of seed and step, so that a resumed run draws what an uninterrupted one draws.
         """
         generator.manual_seed(seed_of(self.hp.seed, self.state.step))
         torch.manual_seed(seed_of(self.hp.seed, self.state.step, 1 + processes.own_shard().number))
@@ -187,7 +187,7 @@ class Run:
             group["lr"] = factor * rate
 
     def take_step(self, objective: Objective, batch: np.ndarray) -> torch.Tensor:
-        """One step of Adam; returns the whole batch's loss, which a GPU may still be computing."""
+        """Takes one step of Adam and returns the loss of the whole batch, which a GPU may still be computing."""
         self.model.train()
         value = objective(self.data.batch(batch))
         self.state.optimiser.zero_grad()
@@ -198,7 +198,7 @@ class Run:
         return processes.total(value.detach())
 
     def check(self, losses: list[torch.Tensor]) -> None:
-        """InputError if any of the last steps' losses is not finite."""
+        """InputError if one of the losses, those of the last steps, is not finite."""
         finite = torch.stack(losses).isfinite().tolist()
         if not all(finite):
             first = finite.index(False)
@@ -210,18 +210,18 @@ class Run:
             )
 
     def validate(self) -> None:
-        """Evaluates on validation and remembers the weights if none before scored as well."""
+        """Evaluates on validation and keeps the weights if they score better than all before."""
         mode, examples = self.stage.mode, self.data.splits["validation"]
         stage = checkpoint.stage_of_state(self.stage.task, mode)
         with self.state.averaged():
             ranks = ranking.rank(self.model, self.data, examples, stage, self.device, self.protocol)
             scores = metrics.score(ranks, self.protocol)
-            if mode == "ret" or self.state.step > 0:  # an untrained head is no result of tp, even where it is informed
+            if mode == "ret" or self.state.step > 0:  # an untrained head, even informed, is no result of tp
                 self.state.keep_if_best(next(iter(scores.values())))
         self.results.add(mode, "validation", self.state.epoch, scores, self.state.seconds)
 
     def prune(self) -> None:
-        """Gives the task its share of the free weights and reports what that cost."""
+        """Prunes: gives the task its share of the free weights, and reports the scores after it."""
         with self.files.closed_on_failure():
             pruning.prune(self.model, self.stage.task, self.files.prune_ratios())
             self.report("pruned", ("validation", "test"))
@@ -229,7 +229,7 @@ class Run:
             print(f"  {f'task {owner} owns' if owner else 'free'}: {share:.2%} of the conv weights")
 
     def report(self, state: str, splits: tuple[str, ...]) -> None:
-        """Scores all held-out parts of the data and keeps them for the checkpoint; prints `splits`."""
+        """Scores all held-out splits for the checkpoint, and prints those in `splits` and how the test score stands."""
         stage = checkpoint.stage_of_state(self.stage.task, state)
         ranks = ranking.rank_held_out(self.model, self.data, stage, self.device, self.protocol)
         scores = {split: metrics.score(each, self.protocol) for split, each in ranks.items()}
@@ -243,7 +243,7 @@ class Run:
         print(f"test, {state}: {standing(ranks['test'], self.protocol, self.facts['popular'])}")
 
     def save(self) -> None:
-        """Writes the stage's checkpoint, says what to run next, and lets other runs work in the folder."""
+        """Writes the stage's checkpoint, prints what to run next, and unlocks the folder."""
         with self.files.closed_on_failure():
             facts = self.facts | {"epoch": self.state.epoch, "seconds": self.state.seconds}
             if processes.is_main():
