@@ -152,13 +152,14 @@ def test_scores_with_intervals_come_first(written):
     page = Page((folder / "report.html").read_text(encoding="utf-8"))
     assert next(iter(page.tables)) == "Scores" and page.text.index("Look here first") < page.text.index("Every task")
     records = checkpoint.load(str(checkpoints / "ret_t4.pt"))[0]["tasks"]
-    for (_, learned, interval, now, examples, *_), record in zip(page.tables["Scores"][1:], records.values()):
+    for (_, learned, interval, now, popular, examples, *_), record in zip(page.tables["Scores"][1:], records.values()):
         score, *_ = record["results"]["ret"]["test"].values()
         values, users = metrics.first_values(
             metrics.Ranks.from_tensors(record["ranks"]), Protocol(**record["protocol"])
         )
         low, high = metrics.interval([(values, users)])
         assert learned == now == f"{score:.4f}" == f"{values.mean():.4f}" and low <= score <= high
+        assert popular == f"{record['popular']:.4f}"
         assert interval == f"[{low:.3f}, {high:.3f}]" and examples == str(record["results"]["ret"]["test"]["n"])
 
 
