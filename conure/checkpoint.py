@@ -80,7 +80,7 @@ def newest(folder: str) -> str:
     names = in_folder(folder)
     if not names:
         first = f"python {script_of(Stage(1, 'tp'))}{flag_of(folder)}"
-        raise InputError(f"{folder} holds no checkpoint: run `{first}` first")
+        raise InputError(f"{os.path.abspath(folder)} holds no checkpoint: run `{first}` first")
     return os.path.join(folder, names[-1])
 
 
