@@ -1,4 +1,4 @@
-"""What the benchmarks share: output, interleaved timing, the machine's name and its matrix-product rate."""
+"""Shared by the benchmarks: output, interleaved timing, the machine's name and its matrix-product throughput."""
 
 import datetime
 import os
@@ -23,9 +23,9 @@ ABOUT_THE_RUN = ("date", "machine", "torch")  # columns of every table of result
 
 
 def report(what: str, output: str, **values: Any) -> None:
-    """Prints `BENCH what=… name=value …`; adds it, with date, machine and version, to the table `output`, if any.
+    """Prints `BENCH what=… name=value …`; adds a row, with date, machine and version, to the table `output`, if given.
 
-    InputError if `output` is another file, which stays as it is.
+    InputError if `output` is no table of a benchmark; it is not changed then.
     """
     shown = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in values.items()}
     print("BENCH", " ".join(f"{name}={value}" for name, value in ({"what": what} | shown).items()), flush=True)
@@ -37,7 +37,7 @@ def report(what: str, output: str, **values: Any) -> None:
 
 
 def rows_of(path: str) -> pd.DataFrame:
-    """The rows of a table that `report` wrote, none if there is no such file; InputError if it is another file."""
+    """The rows of a table that `report` wrote, none if there is no file; InputError if it is no such table."""
     if not os.path.exists(path):
         return pd.DataFrame()
     try:
@@ -57,9 +57,9 @@ def machine() -> str:
 
 
 def interleaved(functions: dict[str, Callable[[], Any]], count: int) -> dict[str, float]:
-    """Median seconds of `count` calls of each after warm-up; calls are interleaved, so that all meet the same load.
+    """Median seconds of `count` calls of each function after warm-up, interleaved so that all meet the same load.
 
-    On a GPU each is synchronised.
+    On a GPU each call is synchronised.
     """
     times = {name: [] for name in functions}
     for _ in range(WARM_UP + count):
@@ -73,7 +73,7 @@ def interleaved(functions: dict[str, Callable[[], Any]], count: int) -> dict[str
 
 
 def matmul_gflops(dtype: torch.dtype, size: int = 2048) -> dict[str, float]:
-    """Throughput of a large square matrix product: by torch.mm, and by what the suite takes products with."""
+    """GFLOP/s of a large square matrix product, by torch.mm and by conure.matmul."""
     a, b = (torch.randn(size, size, dtype=dtype, device=device()) for _ in range(2))
     seconds = interleaved({"mm": lambda: torch.mm(a, b), "product": lambda: product(a, b)}, count=15)
     return {name: 2 * size**3 / each / 1e9 for name, each in seconds.items()}

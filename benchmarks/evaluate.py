@@ -1,4 +1,4 @@
-"""Throughput of evaluation, ranking among all items, at TTL's size: `python -m benchmarks.evaluate --rows 4096`."""
+"""Throughput of evaluation, which ranks among all items, at TTL's size: `python -m benchmarks.evaluate --rows 4096`."""
 
 import time
 from dataclasses import dataclass
@@ -22,16 +22,16 @@ from pruning import Stage
 class Hyperparameters:
     rows: Annotated[int, Range(10)] = 4096  # held-out rows to rank
     items: Annotated[int, Range(3)] = 645_974  # in the catalogue
-    length: Length = 100  # of the sequences in the file; the model reads one less
+    length: Length = 100  # of the sequences in the file, in items; the model reads one less
     channels: Width = 256  # width of the embedding and of every layer
     dilations: Dilations = (1, 4, 1, 4, 1, 4, 1, 4)  # one residual block each
     kernel_size: KernelSize = 3  # taps of every convolution
-    leave_out: Literal["nothing", "known"] = "known"  # of the ranks: the row's own items
-    output: str = ""  # a .csv file to add the line to; empty: it is only printed
+    leave_out: Literal["nothing", "known"] = "known"  # known: the row's items are no candidates
+    output: str = ""  # .csv file to add a row to; empty: none
 
 
 def make_data(hp: Hyperparameters) -> data_loader.TaskData:
-    """Random rows, as their content does not change the time."""
+    """Random rows, as the time does not depend on their content."""
     rows = np.random.default_rng(10).integers(1, hp.items, (hp.rows, hp.length), dtype=np.int32)
     vocabulary = Vocabulary()
     return data_loader.TaskData(

@@ -1,8 +1,8 @@
-"""All that only a GPU can show: checks of what it could change, then speed at TTL's size beside its ceilings.
+"""Tests and benchmarks that need a GPU: correctness checks, then speed at TTL's size beside the hardware's ceilings.
 
 Prints CHECK and BENCH lines, and RAW lines with every timed call; `bash benchmarks/gpu.sh` runs it and keeps a log. The
-sections come in order of importance; one that would not end in time is left out, and so is one that cannot run here. It
-exits with 1 if a check fails.
+sections come in order of importance. A section is skipped if it would not end in time, or cannot run on this device.
+Exits with 1 if a check fails.
 """
 
 import os
@@ -28,23 +28,23 @@ from benchmarks.gpu_speed import Session, report
 @dataclass
 class Hyperparameters:
     device: Device = "auto"  # auto: cuda if there is a GPU
-    minutes: Positive = 8.7  # a section that would not end within these is left out
-    skip: tuple[str, ...] = ()  # a section to leave out
+    minutes: Positive = 8.7  # time limit; a section that would exceed it is skipped
+    skip: tuple[str, ...] = ()  # a section to skip; may be repeated
     items: Annotated[int, Range(3)] = 645_974  # in the catalogue, as in TTL
-    length: Length = 100  # of the sequences in the file; the model reads one less
+    length: Length = 100  # of the sequences in the file, in items; the model reads one less
     batch_size: Count = 32  # sequences a step
     channels: Width = 256  # width of the embedding and of every layer
     dilations: Dilations = (1, 4, 1, 4, 1, 4, 1, 4)  # one residual block each
     kernel_size: KernelSize = 3  # taps of every convolution
     negative_fraction: UpTo1 = 0.2  # share of the items drawn as negatives at each step
-    dropout: Below1 = 0.3  # dropout probability of the step with dropout; the others have none
+    dropout: Below1 = 0.3  # dropout probability of the step with dropout; elsewhere 0
     precision: Literal["float32", "bfloat16"] = "bfloat16"  # of matrix products
     steps: Count = 200  # timed steps
-    task_steps: Count = 147_000  # of task 1 of TTL: 4 epochs
-    aim_minutes: Positive = 60  # for those
+    task_steps: Count = 147_000  # training steps of task 1 on TTL, 4 epochs, to project the time for
+    aim_minutes: Positive = 60  # target for the projected time
     rows: Annotated[int, Range(10)] = 16_384  # to rank
-    matmul_size: Count = 8192  # side of the square matrices that measure the matrix rate
-    copy_mb: Count = 2048  # copied to measure the memory bandwidth
+    matmul_size: Count = 8192  # side of the square matrices that measure the matrix-product throughput
+    copy_mb: Count = 2048  # MB copied to measure the memory bandwidth
     check_items: Annotated[int, Range(3)] = 5000  # in the catalogue of the checks
     users: Count = 400  # of the demo data that the scripts learn from
 
@@ -62,7 +62,7 @@ def export(session: Session) -> Iterator[Check]:
 
 
 CHECKS = (agreement, scripts, export)
-# In order of importance, each with the seconds that it may take on a GPU.
+# In order of importance, with an upper bound of the seconds on a GPU.
 SECTIONS = {
     gpu_speed.ceilings: 20,
     gpu_speed.step: 60,
@@ -79,7 +79,7 @@ SECTIONS = {
 def run_section(section: Callable, session: Session) -> list[Check]:
     """Prints the section's lines and returns its checks.
 
-    A section that breaks says so and costs the others nothing, as a GPU may be at hand for one call only.
+    An exception is reported and the next sections run, because a GPU may be available for one call only.
     """
     checks = []
     try:
@@ -107,9 +107,9 @@ def main(hp: Hyperparameters) -> int:
     began, names = time.monotonic(), [section.__name__ for section in SECTIONS]
     unknown = sorted({*hp.skip} - {*names})
     if unknown:
-        raise InputError(f"--skip {unknown[0]} is none of {', '.join(names)}")
+        raise InputError(f"--skip {unknown[0]} is no section: give one of {', '.join(names)}")
     if hp.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for a GPU: all below, and the scripts, see none
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch initialises CUDA; hides GPUs from the scripts too
     session, checks = Session(hp, pick_device(hp.device)), []
     make_deterministic(session.device)
     torch.manual_seed(10)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# All that only a GPU can show, in one call of at most nine minutes:
+# Tests and benchmarks that need a GPU, in at most nine minutes:
 #   bash benchmarks/gpu.sh [--log FILE] [flags of benchmarks.gpu, such as --device cpu]
-# Needs torch, numpy, pandas and tqdm, and installs nothing. Exits with 1 if a check fails.
+# Needs torch, numpy, pandas and tqdm; installs nothing. Exits with 1 if a check fails.
 set -euo pipefail
 log=/dev/null
 if [ "${1:-}" = --log ]; then
@@ -18,5 +18,5 @@ missing=$("$python" -c "$find")
 
 code=0
 PYTHONUNBUFFERED=1 timeout --kill-after=5 530 "$python" -m benchmarks.gpu "$@" 2>&1 | tee "$log" || code=$?
-[ "$code" != 124 ] || echo "error: stopped after nine minutes: what is printed above stands" | tee -a "$log" >&2
+[ "$code" != 124 ] || echo "error: stopped after nine minutes; the results above are valid" | tee -a "$log" >&2
 exit "$code"

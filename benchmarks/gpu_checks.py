@@ -1,4 +1,4 @@
-"""What a GPU could change, as checks that need no test suite: agreement with the CPU, export, a chain, resuming."""
+"""Correctness checks for a GPU, without the test suite: agreement with the CPU, export, a chain, resuming."""
 
 import copy
 import io
@@ -30,16 +30,16 @@ from nextitnet import NextItNet
 from pruning import Stage
 from tools.export import Program, program_of
 
-# Norm of the difference over the norm: what the device may differ from the CPU in float32, and how many times what
-# bfloat16 products on the CPU differ from it.
+# Tolerances are relative: the norm of the difference over the norm. The device may differ from float32 on the CPU by
+# TOLERANCES, plus TIMES_ROUNDING times what bfloat16 on the CPU differs from it.
 TOLERANCES, TIMES_ROUNDING = {"states": 1e-4, "gradients": 1e-3}, 2
-EXPORT_TOLERANCE = 1e-4  # likewise, of the program from the model on the same device
-RESUME_TOLERANCE = 1e-2  # likewise, of a weight on a GPU, where sums have no fixed order
-ROUNDED_ROWS = 2  # of a task's test part, whose rank a last bit may decide
+EXPORT_TOLERANCE = 1e-4  # of the exported program from the model on the same device
+RESUME_TOLERANCE = 1e-2  # of the weights of a resumed run on a GPU, where sums have no fixed order
+ROUNDED_ROWS = 2  # rows of a test set whose ranks may differ by rounding
 CPU = torch.device("cpu")
 
 FILES = {1: "original_desen_pretrain.csv", 2: "original_desen_finetune_click_nouserID.csv"}
-# One epoch, so that the state at its end is the best one whatever rounding does to the scores.
+# One epoch, so that its last state is the best one, however rounding changes the scores.
 FIRST = ["--epochs", "1", "--batch_size", "2", "--channels", "32", "--dilations", "1,4"]
 CHAIN = {
     "conure_tp_t1.py": FIRST,
@@ -56,15 +56,15 @@ class Check(NamedTuple):
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """The norm of the difference over the expected norm; infinite where something is not finite."""
+    """The norm of the difference over the expected norm; infinite if a value is not finite."""
     found, expected = found.detach().cpu(), expected.detach().cpu()
     return float(((found - expected).norm() / expected.norm()).nan_to_num(torch.inf))
 
 
 def agreement(device: torch.device, shape: Hyperparameters) -> Iterator[Check]:
-    """Hidden states and every parameter's gradient of one batch, against those of the CPU in float32.
+    """Hidden states and the gradients of all parameters for one batch, compared with float32 on the CPU.
 
-    In bfloat16 they may differ as much as those that the CPU computes in bfloat16, up to a factor.
+    The tolerance of bfloat16 is a multiple of the difference of bfloat16 on the CPU.
     """
     model = train_step.make_model(shape).to(CPU)
     batch = train_step.random_batch(shape, shape.length - 1)
@@ -85,7 +85,7 @@ def agreement(device: torch.device, shape: Hyperparameters) -> Iterator[Check]:
 def states_and_gradients(model: NextItNet, shape: Hyperparameters, batch: Batch) -> dict[str, list[Tensor]]:
     stage, device, precision = Stage(1, "tp"), next(model.parameters()).device, getattr(torch, shape.precision)
     trained = model.train_only(stage)
-    generator = torch.Generator().manual_seed(10)  # draws the same negatives for both, as it is the CPU's
+    generator = torch.Generator().manual_seed(10)  # on the CPU, so that both devices get the same negatives
     Objective(train_step.make_loss(shape, batch), model, stage, generator, precision)(batch).backward()
     with torch.no_grad(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
         states = model(batch.inputs.to(device), stage).float()
@@ -94,7 +94,7 @@ def states_and_gradients(model: NextItNet, shape: Hyperparameters, batch: Batch)
 
 @torch.no_grad()
 def export(device: torch.device, shape: Hyperparameters) -> Iterator[Check]:
-    """The exported program of tasks 1 and 2, saved, loaded and moved to the device, against the model there."""
+    """The exported program of tasks 1 and 2, saved, loaded and moved to the device, compared with the model there."""
     for task in (1, 2):
         model = train_step.make_model(replace(shape, task=task)).to(CPU).eval()
         file = io.BytesIO()
@@ -109,7 +109,7 @@ def export(device: torch.device, shape: Hyperparameters) -> Iterator[Check]:
 
 
 def scripts(device: torch.device, users: int) -> Iterator[Check]:
-    """Tasks 1 and 2 learned on demo data, and task 1 once more by a run that is killed and started again."""
+    """Trains tasks 1 and 2 on demo data, and task 1 once more in a run that is killed and resumed."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run("-m", "Data.make_demo", "--output_dir", str(folder), "--users", str(users), "--length", "20")
@@ -120,7 +120,7 @@ def scripts(device: torch.device, users: int) -> Iterator[Check]:
 
 
 def command(script: str, folder: Path, name: str, device: torch.device) -> list[str]:
-    """A script on the data in `folder`, with its own checkpoints and index in folder/name."""
+    """A script on the data in `folder`, with checkpoints and index in folder/name."""
     places = {
         "data_path": folder / FILES[int(script[-4])],
         "index_path": folder / name / "index.csv",
@@ -131,7 +131,7 @@ def command(script: str, folder: Path, name: str, device: torch.device) -> list[
 
 
 def run(*arguments: str) -> str:
-    """What it prints; RuntimeError with the end of that if it fails."""
+    """Runs Python and returns its output; RuntimeError with the last of it if it fails."""
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{arguments[0]} ended with {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
@@ -139,7 +139,7 @@ def run(*arguments: str) -> str:
 
 
 def chain(folder: Path, device: torch.device) -> Iterator[Check]:
-    """Task 1 after task 2 beside task 1 as it was learned: its weights, all that it reads, and its scores."""
+    """Task 1 after task 2, compared with task 1 when it was learned: its weights, all that it reads, its scores."""
     contents = [checkpoint.load(str(folder / f"ret_t{task}.pt"))[0] for task in (1, 2)]
     before, after = map(checkpoint.build_model, contents)
     owned = changed = others = 0
@@ -160,7 +160,7 @@ def chain(folder: Path, device: torch.device) -> Iterator[Check]:
 
 
 def resume(folder: Path, device: torch.device) -> Check:
-    """A killed and resumed tp of task 1 beside the chain's: bit-identical on the CPU, close on a GPU."""
+    """tp of task 1, killed and resumed, equals an uninterrupted run: bit for bit on the CPU, nearly on a GPU."""
     again = [*command("conure_tp_t1.py", folder, "killed", device), *FIRST, "--snapshot_minutes", "1e-9"]
     kill_after_snapshots(again, folder / "killed" / "tp_t1.snapshot.pt", 3)
     resumed_at = re.search(r"resuming from .*: step (\d+)", run(*again))
@@ -173,7 +173,7 @@ def resume(folder: Path, device: torch.device) -> Check:
 
 
 def kill_after_snapshots(arguments: list[str], snapshot: Path, count: int) -> None:
-    """Starts a script and kills it once that many versions of its snapshot were seen."""
+    """Starts a script and kills it after `count` snapshots."""
     process, seen = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL), set()
     while len(seen) < count and process.poll() is None:
         with suppress(FileNotFoundError):  # not yet written

@@ -1,4 +1,4 @@
-"""Speed at TTL's size on one device, beside its ceilings: the sections of benchmarks.gpu that measure."""
+"""Speed at TTL's size on one device, beside the hardware's ceilings: the measuring sections of benchmarks.gpu."""
 
 import math
 import re
@@ -21,22 +21,22 @@ from torch import Tensor
 from benchmarks import bench, evaluate, train_step
 from pruning import Stage
 
-ADAM_BYTES = 7 * 4  # a parameter: reads it, its gradient and both moments; writes all but the gradient
-GRADIENT_BYTES = 4  # a parameter: the dense gradient, made as zeros in each step
-# What the kernels of a profile are counted as, by their names; the others are element-wise, gather and fill.
+ADAM_BYTES = 7 * 4  # per parameter: reads it, its gradient and both moments; writes all but the gradient
+GRADIENT_BYTES = 4  # per parameter: zeroing of the dense gradient in each step
+# Kinds of kernels by name; the others are element-wise, gather and fill.
 KINDS = {"adam": r"adam", "matrix": r"gemm|nvjet|cutlass|xmma|aten::(add)?mm|aten::bmm"}
-NOISE = r"void |at::native::|\(anonymous namespace\)::"  # in the names of kernels
+NOISE = r"void |at::native::|\(anonymous namespace\)::"  # removed from kernel names
 
 
 @dataclass
 class Session:
-    """The settings of benchmarks.gpu, and what earlier sections have found; NaN before they have."""
+    """The settings of benchmarks.gpu, and results that later sections use; NaN until they are measured."""
 
     hp: Any
     device: torch.device
-    gflops: float = math.nan  # the matrix rate
-    bandwidth: float = math.nan  # of memory, bytes read and written in a second
-    step_seconds: float = math.nan  # mean
+    gflops: float = math.nan  # matrix-product throughput, GFLOP/s
+    bandwidth: float = math.nan  # of memory, bytes read and written per second
+    step_seconds: float = math.nan  # mean of the training step
 
     @property
     def precision(self) -> torch.dtype:
@@ -48,7 +48,7 @@ class Session:
         return train_step.Hyperparameters(**same | changes)
 
     def durations(self, what: str, call: Callable[[], Any], count: int, on_device: bool = True) -> np.ndarray:
-        """Seconds of each of `count` calls after warm-up; the device is given one after the other without waiting."""
+        """Seconds of each of `count` calls after warm-up, which are queued on the device without synchronisation."""
         on_gpu = on_device and self.device.type == "cuda"
         for _ in range(bench.WARM_UP):
             call()
@@ -69,7 +69,7 @@ def synchronize() -> None:
 
 
 def mark(on_gpu: bool) -> Any:
-    """The present moment: of the device's work, or of this process."""
+    """A time stamp: a CUDA event, or the clock of this process."""
     if not on_gpu:
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -109,13 +109,13 @@ def compiled_step(session: Session) -> None:
 
 def make_step(session: Session, shape: train_step.Hyperparameters) -> tuple[torch.nn.Module, Callable[[], None]]:
     torch.manual_seed(10)
-    with torch.device(session.device):  # draws initial values there, which takes a CPU seconds
+    with torch.device(session.device):  # initialises the weights there, which would take a CPU seconds
         model = train_step.make_model(shape)
     return model, train_step.steppers(shape, model, shape.length - 1)["ours"]
 
 
 def time_step(session: Session, what: str, shape: train_step.Hyperparameters) -> float:
-    """Mean seconds of a step, reported beside both ceilings and the aim."""
+    """Mean seconds of a step; reports them beside both ceilings and the target time."""
     if session.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
@@ -148,7 +148,7 @@ def time_step(session: Session, what: str, shape: train_step.Hyperparameters) ->
 
 
 def wall(session: Session) -> None:
-    """What the step's time goes to: Adam timed alone, and the device's kernels by kind and by name."""
+    """What limits the step: Adam timed alone, and a profile of the kernels by kind and by name."""
     model, step = make_step(session, session.shape())
     step()  # leaves gradients
     adam = training.adam(list(model.parameters()), 1e-4, 0.9)
@@ -161,7 +161,7 @@ def wall(session: Session) -> None:
     kinds = dict.fromkeys((*KINDS, "other"), 0.0)
     for name, taken in kernels.items():
         kinds[next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.I)), "other")] += taken
-    kinds["idle"] = max(0.0, session.step_seconds - sum(kinds.values()))  # the device waits for this process
+    kinds["idle"] = max(0.0, session.step_seconds - sum(kinds.values()))  # the device waits for the host
     shares = {f"share_of_{kind}": taken / session.step_seconds for kind, taken in kinds.items()}
     report("wall", wall=max(kinds, key=kinds.get) if kernels else "unknown:_no_profile", **shares)
     for name, taken in sorted(kernels.items(), key=lambda item: -item[1])[:12]:
@@ -169,7 +169,7 @@ def wall(session: Session) -> None:
 
 
 def profile(step: Callable[[], None], device: torch.device, count: int) -> dict[str, float]:
-    """Seconds of a step by kernel, or on a CPU by operator; empty if the profiler sees none."""
+    """Seconds per step by kernel, on a CPU by operator; empty if the profiler records none."""
     on_gpu = device.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     step()
@@ -178,7 +178,8 @@ def profile(step: Callable[[], None], device: torch.device, count: int) -> dict[
         for _ in range(count):
             step()
         synchronize()
-    events = [event for event in profiler.key_averages() if not event.key.startswith("Optimizer.")]  # holds kernels
+    # `Optimizer.…` events contain others, which would count twice.
+    events = [event for event in profiler.key_averages() if not event.key.startswith("Optimizer.")]
     if on_gpu:
         events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     times = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events}
@@ -186,7 +187,7 @@ def profile(step: Callable[[], None], device: torch.device, count: int) -> dict[
 
 
 def drawing(session: Session) -> None:
-    """Drawing negatives by this process, and on the device; and what it costs a step, beside one that has them."""
+    """Time to draw negatives on the host and on the device; and a step with its negatives drawn beforehand."""
     shape, generator = session.shape(), torch.Generator().manual_seed(10)
     sampler = samplers.LogUniformSampler(shape.items, shape.negative_fraction)
     here = session.durations("draw_here", lambda: sampler.draw(generator), 20, on_device=False)
@@ -205,7 +206,7 @@ def drawing(session: Session) -> None:
 
 
 def draw_on(device: torch.device, sampler: samplers.LogUniformSampler, draws: int) -> Tensor:
-    """Distinct ids of the sampler's distribution, drawn by the device; sorted, so no sample to cut to a count."""
+    """Distinct ids from the sampler's distribution, drawn on the device, in ascending order: no sample to truncate."""
     uniform = torch.rand(draws, dtype=torch.float64, device=device)
     ids = uniform.mul_(math.log(sampler.items + 1)).exp_().sub_(1).long().clamp_(max=sampler.items - 1)
     return ids.unique()
@@ -219,5 +220,5 @@ def ranking(session: Session) -> None:
     examples = np.arange(hp.rows)
     scorer = ModelScorer(model, data, Stage(1, "inference"), session.device)
     rank = partial(Ranker(scorer, data, "known").rank, examples)
-    seconds = session.durations("ranking", rank, 3, on_device=False)  # ends with the ranks in this process
+    seconds = session.durations("ranking", rank, 3, on_device=False)  # each call ends with the ranks on the host
     report("ranking", rows=hp.rows, items=hp.items, **spread(seconds), rows_per_s=hp.rows / float(np.median(seconds)))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Scaling of step time and checkpoint size with items, length, channels and tasks: bash benchmarks/growth.sh
-# One BENCH line each; other settings are the original's.
+# How step time and checkpoint size grow with items, length, channels and tasks: bash benchmarks/growth.sh
+# Prints a BENCH line for each; all other settings are the original's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 step() { .venv/bin/python -m benchmarks.train_step "$@"; }

@@ -1,6 +1,6 @@
 """Throughput of reading a data file: `python -m benchmarks.load_data --rows 1000000 --length 100`.
 
-Writes a file of task 1 with long-tailed item frequencies, and reads it in fresh processes.
+Writes a file of task 1 with long-tailed item frequencies and reads it in fresh processes.
 """
 
 import os
@@ -26,9 +26,9 @@ class Hyperparameters:
     rows: Annotated[int, Range(10)] = 1_000_000  # sequences
     length: Length = 100  # items in each
     items: Annotated[int, Range(3)] = 645_974  # in the catalogue
-    path: str = ""  # a file to read; empty: make one
-    times: Count = 3  # runs; the median is reported
-    output: str = ""  # a .csv file to add the line to; empty: it is only printed
+    path: str = ""  # data file to read; empty: make one
+    times: Count = 3  # number of runs; the median is reported
+    output: str = ""  # .csv file to add a row to; empty: none
 
 
 def make_file(path: str, rows: int, length: int, items: int) -> None:
@@ -36,7 +36,7 @@ def make_file(path: str, rows: int, length: int, items: int) -> None:
     with open(path, "w") as file:
         for start in range(0, rows, 20_000):
             uniform = generator.random((min(20_000, rows - start), length))
-            ids = (items**uniform).astype(np.int64) * 7919 % items + 1  # frequent ones anywhere among the numbers
+            ids = (items**uniform).astype(np.int64) * 7919 % items + 1  # frequent ids are scattered over the range
             file.writelines(",".join(row) + "\n" for row in ids.astype(str).tolist())
 
 

@@ -1,4 +1,4 @@
-"""NextItNet the way published PyTorch versions write it, to compare speed with: Conv2d over permuted activations."""
+"""NextItNet as in published PyTorch versions, Conv2d over permuted activations: the baseline of speed."""
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ class Conv2dBlock(nn.Module):
         return x + F.relu(self.ln2(self.convolve(self.conv2, inner)))
 
     def convolve(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        """(B, T, C) → (B, T, C), by way of (B, C, 1, T)."""
+        """(B, T, C) → (B, T, C), through (B, C, 1, T)."""
         seen_back = (conv.kernel_size[1] - 1) * conv.dilation[1]
         return conv(F.pad(x.permute(0, 2, 1).unsqueeze(2), (seen_back, 0))).squeeze(2).permute(0, 2, 1)
 

@@ -1,7 +1,7 @@
-"""How long a step of task 1 takes in several processes: `python -m benchmarks.several_processes --items 33080`.
+"""Time of a data-parallel step of task 1: `python -m benchmarks.several_processes --items 33080`.
 
-Processes of one thread each, which give each other the rows of the tables that the batch touched, or whole tables,
-are interleaved with one process of as many threads. Where there are GPUs, each has one.
+Compares processes of one thread each with one process of as many threads, interleaved. The processes exchange either
+the gradient rows that the batch touched, or whole tables. Each process has a GPU if there are GPUs.
 """
 
 import subprocess
@@ -30,13 +30,13 @@ class Hyperparameters:
     channels: Width = 256  # width of the embedding and of every layer
     dilations: Dilations = (1, 4, 1, 4, 1, 4, 1, 4)  # one residual block each
     negative_fraction: UpTo1 = 0.2  # share of the items drawn as negatives at each step; 1: full softmax
-    processes: Annotated[int, Range(2)] = 2  # that share a batch
+    processes: Annotated[int, Range(2)] = 2  # number of processes that share a batch
     steps: Count = 9  # timed steps of each kind; the median is reported
-    output: str = ""  # a .csv file to add the line to; empty: it is only printed
+    output: str = ""  # .csv file to add a row to; empty: none
 
 
 def megabytes_exchanged(step: Callable[[], None]) -> float:
-    """How much this process hands to all_reduce in a step."""
+    """MB that this process passes to all_reduce in a step."""
     sizes, all_reduce = [], dist.all_reduce
 
     def counted(tensor: torch.Tensor, *arguments) -> None:
@@ -49,7 +49,7 @@ def megabytes_exchanged(step: Callable[[], None]) -> float:
 
 
 def steppers(hp: Hyperparameters) -> dict[str, Callable[[], None]]:
-    """The steps to compare, each of which ends when all processes have ended it, and one that is not to be counted."""
+    """The steps to compare, each ending with a barrier, and one that does not count."""
     copied = ("items", "batch_size", "channels", "dilations", "negative_fraction")
     shape = train_step.Hyperparameters(**{name: getattr(hp, name) for name in copied})
     model, stage = train_step.make_model(shape), Stage(1, "tp")
@@ -59,7 +59,7 @@ def steppers(hp: Hyperparameters) -> dict[str, Callable[[], None]]:
 
     def step(shard: Shard) -> None:
         adam.zero_grad()
-        # Seeded in each step, as the processes take different numbers of them.
+        # Seeded in each step, because processes run different numbers of steps.
         loss(model, stage, batch, torch.Generator().manual_seed(10), shard).backward()
         if shard.count > 1:
             processes.sum_gradients(trained)
@@ -80,7 +80,7 @@ def steppers(hp: Hyperparameters) -> dict[str, Callable[[], None]]:
         with mock.patch.object(processes, "sum_rows", processes.total):
             by_rows()
 
-    # While one process worked alone, the memory of the others has gone cold: their next step takes up to twice as long.
+    # While one process works alone, the caches of the others go cold, and their next step takes up to twice as long.
     return {"alone": alone, "uncounted": by_rows, "by_rows": by_rows, "whole": whole}
 
 

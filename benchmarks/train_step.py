@@ -1,8 +1,8 @@
-"""How long a training step takes: `python -m benchmarks.train_step --task 1`, with the original's settings.
+"""Time of a training step with the original's settings: `python -m benchmarks.train_step --task 1`.
 
-The throughput of a large matrix product is measured in the same process. A multiply-add counts as 2 operations, one
-with padding as none. With --compare, baselines are interleaved: for task 1 the published implementation, for later
-tasks the states of all positions, and with dropout the same step without.
+The throughput of a large matrix product is measured in the same process. A multiply-add counts as 2 FLOPs, one with
+padding as none. With --compare, baselines are interleaved: for task 1 the published implementation; for later tasks a
+step that computes the states of all positions; with dropout the same step without dropout.
 """
 
 import copy
@@ -29,28 +29,28 @@ from pruning import Stage
 
 @dataclass
 class Hyperparameters:
-    task: Task = 1  # 1: next item at every position; 2 and more: a later task, in tp
+    task: Task = 1  # the task to train in tp; 1: next item at every position
     items: Annotated[int, Range(3)] = 3308  # in the catalogue
-    targets: Annotated[int, Range(3)] = 3000  # of each later task
-    length: Length = 50  # of the sequences in the file; the model reads one less in task 1, one more in later ones
+    targets: Annotated[int, Range(3)] = 3000  # number of targets of each later task
+    length: Length = 50  # of the sequences in the file, in items; the model reads one less in task 1, else one more
     batch_size: Count = 32  # examples a step
-    per_user: Count = 1  # examples of one user in a batch, which later tasks encode once
+    per_user: Count = 1  # examples per user in a batch of a later task, which encodes a user once
     channels: Width = 256  # width of the embedding and of every layer
     dilations: Dilations = (1, 4, 1, 4, 1, 4, 1, 4)  # one residual block each
     kernel_size: KernelSize = 3  # taps of every convolution
     negative_fraction: UpTo1 = 0.2  # share of the items drawn as negatives at each step; 1: full softmax
-    earlier_items: bool = False  # of task 1: have the items before a position among its negatives
+    earlier_items: bool = False  # in task 1: add the items before a position to its negatives
     dropout: Below1 = 0.0  # dropout probability
-    lora_rank: Rank = 0  # of the update of the item embedding by each later task; 0: none
+    lora_rank: Rank = 0  # rank of the update of the item embedding by each later task; 0: none
     precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products
-    compile: bool = False  # fuse what lies between the matrix products by torch.compile
+    compile: bool = False  # use torch.compile
     steps: Count = 9  # timed steps; the median is reported
     compare: bool = False  # time the baselines too
-    output: str = ""  # a .csv file to add the line to; empty: it is only printed
+    output: str = ""  # .csv file to add a row to; empty: none
 
 
 class FullSequence(NextItNet):
-    """Computes the states of all positions, and uses the last."""
+    """Computes the states of all positions and uses the last one."""
 
     def user_representation(self, ids: Tensor, stage: Stage) -> Tensor:
         return self(ids, stage)[:, -1]
@@ -86,7 +86,7 @@ def random_batch(hp: Hyperparameters, time: int) -> Batch:
 def stepper(
     objective: Callable[..., Tensor], trained: list[torch.nn.Parameter], batch: Sequence[Any]
 ) -> Callable[[], None]:
-    """A function that takes one step."""
+    """A function that takes one optimiser step."""
     adam = training.adam(trained, 1e-4, 0.9)
 
     def step() -> None:
@@ -98,7 +98,7 @@ def stepper(
 
 
 def operations(hp: Hyperparameters, time: int) -> float:
-    """FLOPs of one step's matrix products: the convolutions' and the softmax's."""
+    """FLOPs of a step's matrix products, in the convolutions and the softmax."""
     outputs, products = Grid(1, 0) if hp.task > 1 else Grid(time, 1), 0
     for dilation in (factor * dilation for dilation in reversed(hp.dilations) for factor in (2, 1)):
         inputs, geometry = read_by(outputs, dilation, hp.kernel_size, time)
@@ -116,7 +116,7 @@ def operations(hp: Hyperparameters, time: int) -> float:
 
 
 def megabytes(module: torch.nn.Module) -> float:
-    """Size of its state dict."""
+    """Size of the module's state dict."""
     return sum(tensor.nbytes for tensor in module.state_dict().values()) / 1e6
 
 

@@ -1,4 +1,4 @@
-"""The one call that measures and checks a GPU, here on the CPU with tiny sizes."""
+"""benchmarks/gpu.sh, here on the CPU with tiny sizes."""
 
 import re
 import subprocess
@@ -40,7 +40,7 @@ def without(*sections: str) -> list[str]:
     return [word for section in SECTIONS if section not in sections for word in ("--skip", section)]
 
 
-def test_one_call_checks_and_measures_all(tmp_path):
+def test_gpu_sh_runs_all_checks_and_measurements(tmp_path):
     script = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--log", "gpu.log", *TINY, "--skip", "compiled_step"]
     done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -62,7 +62,7 @@ def test_one_call_checks_and_measures_all(tmp_path):
         assert sum(map(float, raw)) / 5e3 == pytest.approx(float(step["mean"]), rel=2e-3)
 
 
-def test_a_section_that_would_not_end_in_time_is_left_out(run_here, monkeypatch):
+def test_a_section_that_would_exceed_the_time_limit_is_skipped(run_here, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     code, output, _ = run_here("benchmarks.gpu", *TINY, "--minutes", "0.1")
     skipped = re.findall(r"BENCH what=skipped section=(\w+) reason=no_time_left", output)
@@ -70,7 +70,7 @@ def test_a_section_that_would_not_end_in_time_is_left_out(run_here, monkeypatch)
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_a_check_that_fails_or_breaks_fails_the_call_and_costs_the_others_nothing(run_here, monkeypatch, broken):
+def test_a_failed_or_broken_check_sets_the_exit_code_and_the_next_sections_run(run_here, monkeypatch, broken):
     def agreement(device, shape):
         yield Check("agreement_float32_states", False, {"difference": 0.5})
         if broken:
@@ -84,7 +84,7 @@ def test_a_check_that_fails_or_breaks_fails_the_call_and_costs_the_others_nothin
     assert "BENCH what=ranking rows=20" in output
 
 
-def test_a_step_that_cannot_be_compiled_is_said_to_be_unavailable(run_here, monkeypatch):
+def test_a_step_that_cannot_be_compiled_is_reported_as_unavailable(run_here, monkeypatch):
     def fails(*_):
         raise RuntimeError("no compiler")
 
@@ -95,10 +95,11 @@ def test_a_step_that_cannot_be_compiled_is_said_to_be_unavailable(run_here, monk
 
 
 def test_an_unknown_section_is_refused(run_here):
-    assert "--skip stepp is none of ceilings, step," in refused(run_here("benchmarks.gpu", "--skip", "stepp"))
+    error = refused(run_here("benchmarks.gpu", "--skip", "stepp"))
+    assert "--skip stepp is no section: give one of ceilings, step," in error
 
 
-def test_the_chain_check_sees_one_changed_bit(chain_copy):
+def test_the_chain_check_detects_one_changed_bit(chain_copy):
     folder = chain_copy / "checkpoints"
     assert all(check.ok for check in gpu_checks.chain(folder, CPU))
     content, _ = checkpoint.load(str(folder / "ret_t2.pt"))
@@ -111,7 +112,7 @@ def test_the_chain_check_sees_one_changed_bit(chain_copy):
     assert not weights.ok and weights.detail["changed"] == 1 and not everything.ok
 
 
-def test_what_is_not_finite_agrees_with_nothing():
+def test_a_value_that_is_not_finite_never_agrees():
     expected = torch.ones(3)
     assert gpu_checks.relative(expected, expected) == 0
     assert gpu_checks.relative(torch.tensor([1.0, torch.nan, 1.0]), expected) == torch.inf
