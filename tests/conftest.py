@@ -1,4 +1,4 @@
-"""Tests import the modules from the project's root, and run the scripts there as a user does."""
+"""Fixtures: tests import modules from the project's root and run the scripts there, as a user does."""
 
 import json
 import os
@@ -28,7 +28,7 @@ FILES = {
     3: "original_desen_finetune_like_nouserID.csv",
     4: "original_desen_gender.csv",
 }
-SLOW = ("test_readme", "test_scripts", "test_soak", "test_tools")  # besides all that needs the demo data or a chain
+SLOW = ("test_readme", "test_scripts", "test_soak", "test_tools")  # so are tests that need the demo data or a chain
 STAGES = [(task, mode) for task in FILES for mode in ("tp", "ret")]
 PROGRAMS = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -39,7 +39,7 @@ PROGRAMS = [
 
 
 def flags(folder: Path, task: int) -> list[str]:
-    """Where `folder` has the data (folder/Data) and the checkpoints (folder/checkpoints) of a test's chain."""
+    """Flags for a chain with its data in folder/Data and its checkpoints in folder/checkpoints."""
     data = ["--data_path", str(folder / "Data" / FILES[task]), "--index_path", str(folder / "Data" / "index.csv")]
     return [*data, "--checkpoint_dir", str(folder / "checkpoints"), "--device", "cpu"]
 
@@ -50,7 +50,7 @@ def batch_of(inputs: Tensor, targets: Tensor) -> Batch:
 
 
 def run_python(*arguments: str, **environment: str) -> str:
-    """Runs Python in a process of its own at the project's root and returns what it printed; it must succeed."""
+    """Runs Python in a new process at the project's root and returns its output; it must succeed."""
     environment = os.environ | environment
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -59,7 +59,7 @@ def run_python(*arguments: str, **environment: str) -> str:
 
 @pytest.fixture
 def run_here(monkeypatch, capsys):
-    """Runs a script, or a module as `python -m` does, in this process: returns exit code, output and errors."""
+    """Runs a script, or a module as `python -m` does, in this process; returns exit code, stdout and stderr."""
 
     def run(name: str, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [name, *arguments])
@@ -75,7 +75,7 @@ def run_here(monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
-    """Makes a folder of this name by `make`, once for all of the processes that run tests."""
+    """Makes a folder with `make`, once for all processes that run tests."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
@@ -95,12 +95,12 @@ def make_demo(folder: Path, users: int = 1500) -> None:
 
 @pytest.fixture(scope="session")
 def demo(made_once) -> Path:
-    """A folder with a small demo data set in Data/, which no test may change."""
+    """A folder with a small demo data set in Data/; read-only for tests."""
     return made_once("demo", make_demo)
 
 
 def chain_settings(task: int, mode: str) -> list[str]:
-    """The hyperparameters of the tests' chain; some of them odd, so that a script that ignores them is found out."""
+    """The hyperparameters of the tests' chain; some are unusual, to detect a script that ignores them."""
     if task == 1:
         shape = ["--channels", "32", "--dilations", "1,4", "--tied", "yes"] if mode == "tp" else []
         return [*shape, "--epochs", "10" if mode == "tp" else "5", "--learning_rate", "3e-3"]
@@ -119,7 +119,7 @@ def make_chain(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def chain(made_once) -> tuple[Path, dict[tuple[int, str], str]]:
-    """The demo's folder after all eight scripts, which no test may change, and what each of them printed."""
+    """The demo's folder after all eight scripts, read-only for tests, and the output of each script."""
     folder = made_once("chain", make_chain)
     printed = json.loads((folder / "printed.json").read_text())
     return folder, {(task, mode): printed[f"{mode}{task}"] for task, mode in STAGES}
@@ -127,12 +127,12 @@ def chain(made_once) -> tuple[Path, dict[tuple[int, str], str]]:
 
 @pytest.fixture
 def chain_copy(chain, tmp_path) -> Path:
-    """A finished chain of one's own."""
+    """A copy of the finished chain, which the test may change."""
     return Path(shutil.copytree(chain[0], tmp_path / "copy"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what `--fast` leaves out, and puts the longest files first, so that no core waits for one at the end."""
+    """Marks the tests that `--fast` skips, and runs the longest files first, so that all cores finish together."""
     items.sort(key=lambda item: item.module.__name__ not in SLOW)
     for item in items:
         if item.module.__name__ in SLOW or {"demo", "chain"} & set(item.fixturenames):

@@ -1,9 +1,8 @@
-"""Nothing is lost and nothing goes wrong unnoticed, shown the long way: `python tests/soak.py`.
+"""The soak test: kills, corrupted files, malformed rows, full disks, forgetting, memory. `python tests/soak.py`
 
-Prints one line a part, such as `SOAK part=kills tried=50 lost=0`, and exits with 1 if any promise is broken.
-`python tests/soak.py rows memory` runs these parts alone. tests/test_soak.py runs all of them in a short form.
-The part "forgetting" takes task files in the TTL format, MovieLens for example, from the folder that the environment
-variable CONURE_DATA names.
+Prints one line per part, such as `SOAK part=kills tried=50 lost=0`, and exits with 1 if one fails. `python
+tests/soak.py rows memory` runs these parts alone; tests/test_soak.py runs a short form of all. The part "forgetting"
+needs task files in the TTL format, such as MovieLens, in the folder that the environment variable CONURE_DATA names.
 """
 
 import os
@@ -35,11 +34,11 @@ import data_loader
 from pruning import Stage
 
 DATA = Path(os.environ.get("CONURE_DATA", ""))
-AGE = "original_desen_age.csv"  # of the fifth task
+AGE = "original_desen_age.csv"  # data of the fifth task
 
 
 def command(folder: Path, task: int, mode: str, epochs: int) -> list[str]:
-    """A small stage with many evaluations and, in between, snapshots by the clock."""
+    """The command of a small stage with frequent evaluations and snapshots."""
     small = ["--channels", "64", "--dilations", "1,4"] if (task, mode) == (1, "tp") else []
     often = ["--eval_every", "7", "--snapshot_minutes", "0.002", "--epochs", str(epochs), "--batch_size", "64"]
     return [sys.executable, str(ROOT / f"conure_{mode}_t{task}.py"), *flags(folder, task), *small, *often]
@@ -51,7 +50,7 @@ def run_chain(folder: Path, epochs: int = 1) -> None:
 
 
 def without_times(value: Any) -> Any:
-    """A checkpoint's content less what two runs never share: the clock, the folder, and the digests that follow."""
+    """A checkpoint's content without what differs between two runs: times, folders, and digests of these."""
     if isinstance(value, dict):
         names = ("seconds", "data_path", "lineage", "checkpoint before", "hyperparameters")
         return {name: without_times(part) for name, part in value.items() if name not in names}
@@ -59,7 +58,7 @@ def without_times(value: Any) -> Any:
 
 
 def differences(ours: Path, theirs: Path) -> int:
-    """How many checkpoints of two chains differ in a single bit, and rows of their results.csv in anything but time."""
+    """The number of checkpoints of two chains that are not bit-identical, and of rows of results.csv that differ."""
     count = 0
     for task, mode in STAGES:
         paths = (checkpoint.path_of(str(folder / "checkpoints"), Stage(task, mode)) for folder in (ours, theirs))
@@ -71,9 +70,9 @@ def differences(ours: Path, theirs: Path) -> int:
 
 
 def killed(process: subprocess.Popen, snapshot: Path, dice: random.Random) -> bool:
-    """Kills the process: one time in four anywhere in its first seconds, else soon after it has written a snapshot.
+    """Kills the process: one time in four at a random moment of its first seconds, else shortly after a snapshot.
 
-    False if it ended before that.
+    False if it ended before.
     """
 
     def written() -> float:
@@ -95,7 +94,7 @@ def killed(process: subprocess.Popen, snapshot: Path, dice: random.Random) -> bo
 
 
 def kills(folder: Path, tried: int, epochs: int) -> dict[str, int]:
-    """`kill -9` at random moments of all eight stages; then the chain is compared with one that nobody touched."""
+    """`kill -9` at random moments of all eight stages; then the chain is compared with an uninterrupted one."""
     dice = random.Random(1)
     make_demo(folder / "whole", users=400)
     shutil.copytree(folder / "whole", folder / "killed")
@@ -106,7 +105,7 @@ def kills(folder: Path, tried: int, epochs: int) -> dict[str, int]:
         snapshot = folder / "killed" / "checkpoints" / f"{mode}_t{task}.snapshot.pt"
         for _ in range(left // (len(STAGES) - number)):
             if not killed(subprocess.Popen(again, stdout=subprocess.DEVNULL), snapshot, dice):
-                break  # finished; the stages after this one make up for it
+                break  # the stage is finished; later ones take over the kills that are left
             left -= 1
         subprocess.run(again, check=True, stdout=subprocess.DEVNULL)
     leftover = [path for path in (folder / "killed" / "checkpoints").iterdir() if "snapshot" in path.name]
@@ -114,7 +113,7 @@ def kills(folder: Path, tried: int, epochs: int) -> dict[str, int]:
 
 
 def damage(path: Path, others: list[Path], dice: random.Random) -> None:
-    """Flips a bit, cuts the file short, or puts another stage's file in its place."""
+    """Flips a bit, truncates the file, or replaces it by that of another stage."""
     content = bytearray(path.read_bytes())
     kind = dice.randrange(3)
     if kind == 0:
@@ -127,7 +126,7 @@ def damage(path: Path, others: list[Path], dice: random.Random) -> None:
 
 
 def corruption(folder: Path, tried: int) -> dict[str, int]:
-    """Damaged checkpoints and snapshots; a snapshot is left by a stage killed in its middle."""
+    """Damaged checkpoints and snapshots must be detected. The snapshots are left by killed stages."""
     dice = random.Random(2)
     make_demo(folder, users=300)
     run_chain(folder)
@@ -156,7 +155,7 @@ def corruption(folder: Path, tried: int) -> dict[str, int]:
 
 
 def read_plainly(content: bytes) -> list[tuple[list[str], list[str]]] | int:
-    """A later task's lines as (sequence, targets), token by token; or the number of the first line that is wrong."""
+    """A plain parser of a later task: lines as (sequence, targets), or the number of the first malformed line."""
     lines, wrong = [], []
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         try:
@@ -178,7 +177,7 @@ def read_plainly(content: bytes) -> list[tuple[list[str], list[str]]] | int:
 
 
 def rows(folder: Path, tried: int) -> dict[str, int]:
-    """Mutated data files: each is read as a plain parser reads it, or refused with file and line."""
+    """Mutated data files must be read as by a plain parser, or refused with file and line."""
     dice, wrong, chunk_bytes = random.Random(3), 0, line_reader.CHUNK_BYTES
     pieces = [b",", b",,", b"\n", b"\r\n", b" ", b"\t", b"\xff", b"\0", b"\x1b", b'"', b"\r", b"\xef\xbb\xbf"]
     pieces += [b"0", b"abc", "ä€".encode(), b"x" * 300, b"1,2,,3", b"<UNK>", b"longer than eight"]
@@ -214,7 +213,7 @@ def rows(folder: Path, tried: int) -> dict[str, int]:
 
 
 def disk_full(folder: Path, stages: list[tuple[int, str]]) -> dict[str, int]:
-    """Every stage done over with a limit on the size of files: it says so, and all checkpoints stay what they were."""
+    """Redoes every stage with a limit on file size: it must report the failed write and change no checkpoint."""
     make_demo(folder, users=300)
     run_chain(folder)
     harmed = 0
@@ -232,7 +231,7 @@ def disk_full(folder: Path, stages: list[tuple[int, str]]) -> dict[str, int]:
 
 
 def forgetting(folder: Path, users: int) -> dict[str, int]:
-    """Four tasks and a fifth, age, made by copying task 4's scripts: what each task puts out, after every stage."""
+    """Learns four tasks and a fifth, age, by copies of task 4's scripts; compares all scores after each stage."""
     suite = folder / "suite"
     ignored = shutil.ignore_patterns(".*", "Session", "checkpoints", "tests")
     shutil.copytree(ROOT, suite, ignore=ignored)
@@ -265,7 +264,7 @@ def forgetting(folder: Path, users: int) -> dict[str, int]:
 
 
 def memory(folder: Path, epochs: int) -> dict[str, int]:
-    """The resident memory of a long run, from the end of its second epoch to its last."""
+    """Growth of the resident memory in a long run, from the end of its second epoch to the end of its last."""
     make_demo(folder, users=2000)
     arguments = ["--channels", "32", "--dilations", "1,4", "--epochs", str(epochs), "--snapshot_minutes", "0.02"]
     script = [sys.executable, str(ROOT / "conure_tp_t1.py"), *flags(folder, 1), *arguments]
@@ -288,20 +287,20 @@ PARTS: dict[str, tuple[Callable[..., dict[str, int]], tuple]] = {
     "forgetting": (forgetting, (3000,)),
     "memory": (memory, (40,)),
 }
-# What each part must count none of; memory may waver by this many megabytes.
+# Counts that must be 0, and the tolerated growth of memory.
 BROKEN = ("lost", "loaded", "wrong", "harmed", "changed")
 WAVERING_MB = 8
 
 
 def missing(part: str) -> str:
-    """Why a part has to be skipped, or nothing."""
+    """Why a part has to be skipped; empty if it can run."""
     if part == "forgetting" and not (DATA / AGE).exists():
         return f"CONURE_DATA names no folder with task files in the TTL format, {AGE} among them"
     return ""
 
 
 def kept(counts: dict[str, int]) -> bool:
-    """Whether the promise of a part was kept."""
+    """Whether a part passed."""
     return not any(counts.get(name) for name in BROKEN) and counts.get("growth_mb", 0) <= WAVERING_MB
 
 

@@ -1,4 +1,4 @@
-"""The promises of the whole chain, on eight scripts really run one after another."""
+"""The whole chain: the eight scripts, run one after another."""
 
 import re
 import shutil
@@ -48,12 +48,12 @@ def test_owned_weights_never_change_and_owners_are_disjoint(chain):
             owned[layer, task] = owner == task, weight[owner == task]
 
 
-def test_what_is_not_trained_stays(chain):
-    """Free weights keep their values through ret; embedding and layer norms are those of tp of task 1 for ever,
-    the embedding's updates those of ret of their tasks."""
+def test_untrained_weights_never_change(chain):
+    """Free weights keep their values through ret. Embedding and layer norms never change after tp of task 1, and an
+    update of the embedding never after ret of its task."""
     folder, _ = chain
     first = load(folder, 1, "tp")["model"]
-    updates = {}  # as they were when their tasks were learned
+    updates = {}  # name → value after ret of its task
     for task, mode in STAGES:
         content = load(folder, task, mode)
         state = content["model"]
@@ -73,7 +73,7 @@ def test_what_is_not_trained_stays(chain):
     assert len(updates) == 6 and all(value.any() for value in updates.values())
 
 
-def test_outputs_of_learned_tasks_keep_their_bits(chain):
+def test_outputs_of_learned_tasks_are_bit_identical(chain):
     folder, _ = chain
     items = read_index(str(folder / "Data" / "index.csv"))
     data = data_loader.load_examples(str(folder / "Data" / FILES[2]), data_loader.Split(0.2), items)
@@ -125,14 +125,14 @@ def test_evaluate_on_other_splits_checkpoints_and_folders(chain, tmp_path, run_h
 
 
 def forget(content):
-    """Changes a single weight of task 2, by a bit of no consequence."""
+    """Changes a single weight of task 2 by one bit, which does not change a score."""
     weight, owner = (content["model"][f"blocks.0.conv1.{part}"] for part in ("weight", "owner"))
     place = tuple((owner == 2).nonzero()[0])
     weight[place] = torch.nextafter(weight[place], torch.tensor(9.0))
 
 
 def differ(by):
-    """Changes what task 2 is recorded to have scored, as another machine might."""
+    """Changes the recorded score of task 2, as another machine might."""
 
     def change(content):
         content["tasks"][2]["results"]["ret"]["test"]["mrr@5"] += by
@@ -148,7 +148,7 @@ def differ(by):
         (differ(0.1), 1, "DIFFERS by 0.1 with bit-identical weights", "1 of 4 tasks differ from what was learned"),
     ],
 )
-def test_evaluate_tells_changed_weights_from_another_machines_rounding(
+def test_evaluate_distinguishes_changed_weights_from_rounding(
     chain, tmp_path, run_here, change, code, verdict, conclusion
 ):
     content = load(chain[0], 4, "ret")
@@ -159,7 +159,7 @@ def test_evaluate_tells_changed_weights_from_another_machines_rounding(
     assert found == code and first.endswith(" same") and verdict in second and conclusion in output
 
 
-def test_evaluate_refuses_what_is_no_checkpoint_in_one_line(chain, tmp_path, run_here):
+def test_evaluate_refuses_other_files_in_one_line(chain, tmp_path, run_here):
     content = load(chain[0], 1, "tp")
     path = str(tmp_path / "serving_t1.pt")
     save_sealed(path, {"format": 1, "task": 1, "conv": {}})
@@ -170,7 +170,7 @@ def test_evaluate_refuses_what_is_no_checkpoint_in_one_line(chain, tmp_path, run
 
 
 def test_a_copied_project_reads_its_own_data(chain, chain_copy, run_here):
-    """Beside the checkpoints, if they were copied too; else where they were, and then it says so."""
+    """If the data files were copied with the checkpoints, those are read; else the old ones, and a line says so."""
     where = ["--checkpoint", str(chain_copy / "checkpoints" / "ret_t1.pt")]
     code, output, _ = run_here("evaluate.py", *where)
     assert code == 0 and "was not copied" not in output
@@ -200,15 +200,15 @@ def test_the_best_state_by_validation_is_kept(chain):
     assert best_was_not_last, "all best states were the last ones, so this test has seen nothing"
 
 
-def test_a_stage_that_only_gets_worse_keeps_what_it_started_from(chain_copy, run_here):
+def test_a_stage_that_only_gets_worse_keeps_its_initial_weights(chain_copy, run_here):
     worse = ["--learning_rate", "100", "--epochs", "2", "--overwrite"]
     assert run_here("conure_ret_t4.py", *flags(chain_copy, 4), *worse)[0] == 0
     before, after = (load(chain_copy, 4, mode)["model"] for mode in ("tp", "ret"))
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_the_same_seed_gives_the_same_bits(demo, tmp_path):
-    """With tensors that are large enough for torch to share among threads, which sum in any order where they may."""
+def test_the_same_seed_gives_bit_identical_weights(demo, tmp_path):
+    """The tensors are so large that torch uses several threads, whose order of summation could differ."""
     shape, folders = ["--channels", "64", "--dilations", "1"], (tmp_path / "a", tmp_path / "b")
     for folder in folders:
         data = flags(demo, 1)[:2]
@@ -324,8 +324,8 @@ def test_the_head_of_task_1_is_tied_unless_items_recur(tmp_path, run_here, recur
 
 
 @pytest.mark.parametrize("same_things", [True, False])
-def test_a_head_starts_as_task_1s_only_if_its_targets_are_the_same_things(chain_copy, same_things):
-    """Targets under tokens of items: the item that comes next, or others under the same tokens."""
+def test_a_head_starts_from_task_1s_only_if_it_ranks_better(chain_copy, same_things):
+    """All targets have tokens of items. They are the next items, or are permuted, so that tokens mean other things."""
     folder = chain_copy
     lines = [line.rsplit(",", 1) for line in (folder / "Data" / FILES[1]).read_text().splitlines()]
     tokens = sorted({target for _, target in lines})
@@ -348,8 +348,8 @@ def test_a_head_starts_as_task_1s_only_if_its_targets_are_the_same_things(chain_
         torch.testing.assert_close(model["heads.2.bias"], expected)
 
 
-def test_a_chain_without_free_weights_says_so_before_training(demo, tmp_path, run_here):
-    """48 weights a layer: task 1 keeps 46 of them, and task 2 takes the last two."""
+def test_a_chain_without_free_weights_is_refused_before_training(demo, tmp_path, run_here):
+    """A layer has 48 weights: task 1 keeps 46 of them, and task 2 the other two."""
     shutil.copytree(demo / "Data", tmp_path / "Data")
     for task, mode in STAGES[:4]:
         shape = ["--channels", "4", "--dilations", "1"] if (task, mode) == (1, "tp") else []

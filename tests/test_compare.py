@@ -1,4 +1,4 @@
-"""tools.compare: two chains, paired."""
+"""tools.compare: paired differences of two chains."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from test_scripts import refused
 
 
 def test_two_folders_are_compared_example_by_example(chain, chain_copy, run_here):
-    """Of two chains that differ in ret of task 4 alone; the interval is of the differences that users see."""
+    """Two chains that differ in ret of task 4 alone."""
     other = ["--seed", "11", "--learning_rate", "1e-2", "--overwrite"]
     assert run_here("conure_ret_t4.py", *flags(chain_copy, 4), *chain_settings(4, "ret")[:4], *other)[0] == 0
     folders = [str(folder / "checkpoints") for folder in (chain[0], chain_copy)]
@@ -31,7 +31,7 @@ def test_two_folders_are_compared_example_by_example(chain, chain_copy, run_here
     assert float(back[1]) == -difference
 
 
-def test_ranks_that_leave_out_other_targets_are_compared_among_all(chain, chain_copy, run_here):
+def test_chains_with_different_leave_out_are_compared_by_raw_ranks(chain, chain_copy, run_here):
     folders = [str(folder / "checkpoints") for folder in (chain[0], chain_copy)]
     for stage in ("ret_t2", "tp_t3", "ret_t3", "tp_t4", "ret_t4"):
         os.remove(f"{folders[1]}/{stage}.pt")
@@ -54,7 +54,7 @@ def test_the_better_one_is_named(chain, chain_copy, run_here):
         assert run_here("tools.compare", *order)[1].splitlines()[1].endswith(f": {better}")
 
 
-def test_only_what_was_scored_alike_is_compared(chain, chain_copy, run_here):
+def test_tasks_with_different_metrics_are_not_compared(chain, chain_copy, run_here):
     folders = [str(folder / "checkpoints") for folder in (chain[0], chain_copy)]
     redo = [*chain_settings(4, "ret"), "--top_k", "2", "--overwrite"]
     assert run_here("conure_ret_t4.py", *flags(chain_copy, 4), *redo)[0] == 0

@@ -1,4 +1,4 @@
-"""Counting, which needs no model, against its definitions."""
+"""The counting methods compared with slow implementations of their definitions."""
 
 from collections.abc import Callable
 from math import log, sqrt
@@ -22,7 +22,7 @@ def training_examples(data: data_loader.TaskData) -> list[tuple[int, int]]:
 
 
 def check_scores(scores_of: counting.Scores, data: data_loader.TaskData, score: Callable[[int, int], float]) -> None:
-    """`score(row, target)` is what `scores_of` gives, for all rows and all targets but <UNK>."""
+    """Asserts that `scores_of` gives score(row, target) for all rows and all targets except <UNK>."""
     targets = range(1, len(data.target_vocabulary))
     expected = [[score(row, target) for target in targets] for row in range(len(data.rows))]
     assert np.ptp(expected) > 0
@@ -31,7 +31,7 @@ def check_scores(scores_of: counting.Scores, data: data_loader.TaskData, score: 
 
 
 @pytest.mark.parametrize("places", [10, 2])
-def test_a_markov_chain_counts_what_follows(tiny, monkeypatch, places):
+def test_markov_chain_by_definition(tiny, monkeypatch, places):
     data, _ = tiny
     monkeypatch.setattr(counting, "PLACES", places)
     follows = np.zeros((len(data.items), len(data.items)))
@@ -48,7 +48,7 @@ def test_a_markov_chain_counts_what_follows(tiny, monkeypatch, places):
     check_scores(counting.markov(data), data, score)
 
 
-def test_a_cosine_is_of_the_examples_that_have_both(tiny):
+def test_cosine_by_definition(tiny):
     _, data = tiny
     train = training_examples(data)
 
@@ -62,7 +62,7 @@ def test_a_cosine_is_of_the_examples_that_have_both(tiny):
     check_scores(counting.cosine(data), data, score)
 
 
-def test_naive_bayes_smooths_what_it_counts(tiny):
+def test_naive_bayes_by_definition(tiny):
     _, data = tiny
     train = training_examples(data)
 
@@ -75,8 +75,8 @@ def test_naive_bayes_smooths_what_it_counts(tiny):
     check_scores(counting.naive_bayes(data), data, score)
 
 
-def test_counting_ranks_as_models_are_ranked(tiny, monkeypatch):
-    """Examples by the whole row, positions by what is seen of it, in blocks of any size."""
+def test_counting_is_ranked_as_models_are(tiny, monkeypatch):
+    """An example is scored by its whole row, a position by the items up to it, in blocks of any size."""
     first, data = tiny
     scores = {row: np.array([9.0, *np.roll([3.0, 2.0, 1.0], row)]) for row in range(len(data.rows))}
     examples = np.arange(len(data.targets))

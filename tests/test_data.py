@@ -30,8 +30,8 @@ def tokens(data: data_loader.TaskData) -> list[list[str]]:
     return [[data.items.tokens[id] for id in row] for row in rows]
 
 
-def test_reading_is_that_of_a_plain_split(tmp_path, monkeypatch):
-    monkeypatch.setattr(line_reader, "CHUNK_BYTES", 100)  # so that lines and tokens fall on chunks' ends
+def test_reading_in_chunks_equals_splitting_each_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(line_reader, "CHUNK_BYTES", 100)  # so that chunks end within lines and tokens
     monkeypatch.setattr(data_loader, "BLOCK_IDS", 60)
     random = np.random.default_rng(1)
     names = ["0", "7", "77", "a b", "ä", "longer than eight bytes", "longer than eight bytez", "x" * 256]
@@ -52,7 +52,7 @@ def test_reading_is_that_of_a_plain_split(tmp_path, monkeypatch):
     ],
 )
 def test_different_tokens_have_different_ids(tmp_path, monkeypatch, distinct):
-    """In pieces of few lines too, so that what is remembered of one serves the next."""
+    """Also in small chunks, so that tokens of earlier chunks are looked up in later ones."""
     rows = [[token, token] for token in distinct + distinct[::-1]] + [distinct[:2]]
     for size in (8, 1 << 24):
         monkeypatch.setattr(line_reader, "CHUNK_BYTES", size)
@@ -72,13 +72,13 @@ def test_short_rows_are_padded_on_the_left_and_zero_is_the_last_item_if_the_file
 @pytest.mark.parametrize(
     "comma, newline", [(",", "\n"), (",", "\r\n"), (",", ",\n"), (",", "\n\n \n"), (" ,\t", "\t\n ")]
 )
-def test_files_are_read_as_anyone_would_mean_them(tmp_path, begin, end, comma, newline):
-    """With a byte-order mark, Windows' line ends, no last one, commas at the end, empty lines, spaces around tokens."""
+def test_variants_of_the_format_are_read_alike(tmp_path, begin, end, comma, newline):
+    """Byte-order mark, Windows line ends, no final line end, trailing commas, empty lines, spaces around tokens."""
     lines = [list("123"), list("456"), list("789"), list("123")]
     assert tokens(sequences(tmp_path, begin + newline.join(map(comma.join, lines)) + end)) == lines
 
 
-def test_writers_of_one_file_wait_for_each_other(tmp_path):
+def test_parallel_writers_of_one_file_leave_a_whole_file(tmp_path):
     path = str(tmp_path / "shared.pt")
 
     def write(value: int) -> bool:
@@ -91,7 +91,7 @@ def test_writers_of_one_file_wait_for_each_other(tmp_path):
     assert os.listdir(tmp_path) == ["shared.pt"]
 
 
-def test_later_tasks_give_one_example_for_each_target(tmp_path):
+def test_each_target_of_a_later_task_is_one_example(tmp_path):
     path = tmp_path / "task2.csv"
     path.write_text("1,2,,x\n9,3,,y,x\n")
     items = Vocabulary(["<UNK>", "1", "2", "3"])
@@ -129,7 +129,7 @@ def test_later_tasks_give_one_example_for_each_target(tmp_path):
         ('1,2,,"x"\n2,1,,"y"\n', "line 1: quotes around tokens"),
     ],
 )
-def test_what_a_later_task_cannot_use_is_refused_with_its_line(tmp_path, content, complaint):
+def test_malformed_lines_of_a_later_task_are_refused(tmp_path, content, complaint):
     path = tmp_path / "task2.csv"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(InputError) as error:
@@ -154,7 +154,7 @@ def test_what_a_later_task_cannot_use_is_refused_with_its_line(tmp_path, content
         ('"1,2"\n"3,4"\n"5,6"\n', "line 1: quotes around tokens"),
     ],
 )
-def test_what_task_1_cannot_use_is_refused_with_its_line(tmp_path, content, complaint):
+def test_malformed_lines_of_task_1_are_refused(tmp_path, content, complaint):
     with pytest.raises(InputError) as error:
         sequences(tmp_path, content)
     assert complaint in str(error.value) and f"{tmp_path}/task1.csv, line " in str(error.value)
@@ -163,7 +163,7 @@ def test_what_task_1_cannot_use_is_refused_with_its_line(tmp_path, content, comp
 @pytest.mark.parametrize(
     "content",
     [
-        "0,1,0\n1,0,1\n1,1,0\n0,0,1\n",  # an item `0`, as often at the start as at the end
+        "0,1,0\n1,0,1\n1,1,0\n0,0,1\n",  # `0` as an item, as often first as last
         "1,1,0\n2,1,0\n3,1,0\n0,1,2\n0,2,1\n",
         "1,2,3\n4,5,0\n6,0,0\n4,0,5\n",
         "0,0,1\n0,2,3\n4,5,6\n0,8,0\n",
@@ -173,7 +173,7 @@ def test_what_task_1_cannot_use_is_refused_with_its_line(tmp_path, content, comp
         "7,7\n8,8\n8,9\n9,9\n",
     ],
 )
-def test_what_may_be_meant_is_read_without_a_word(tmp_path, content):
+def test_unusual_but_valid_files_are_read_without_a_note(tmp_path, content):
     data = sequences(tmp_path, content)
     assert tokens(data) == [line.split(",") for line in content.split()] and data.notes == []
 
@@ -193,7 +193,7 @@ def test_a_missing_relative_path_is_named_with_its_folder(tmp_path, monkeypatch)
 
 
 def test_a_big_file_takes_at_most_three_times_its_array(tmp_path, monkeypatch):
-    """Whatever its form: numbers, text, rows of unequal length."""
+    """Files of numbers, of text, and of rows of unequal length."""
     monkeypatch.setattr(line_reader, "CHUNK_BYTES", 1 << 16)
     ids = np.random.default_rng(1).integers(1, 1000, (20_000, 20)).astype(str).tolist()
     for rows in (ids, [row[place % 15 :] for place, row in enumerate(ids)], [["a b", *row] for row in ids]):
@@ -216,7 +216,7 @@ def test_the_index_is_written_and_read_back(tmp_path):
 
 
 def test_the_index_of_other_data_is_refused(tmp_path):
-    """As the checkpoints made with it cannot be trained on without it."""
+    """Because checkpoints made with it could not be trained further without it."""
     path = tmp_path / "index.csv"
     Vocabulary(["<UNK>", "a", "b"]).write(str(path))
     with pytest.raises(InputError, match=r"ids of other data.* another --index_path"):
@@ -230,7 +230,7 @@ def test_the_index_of_other_data_is_refused(tmp_path):
     + [(f"token,id\n<UNK>,0\n{rows}", "") for rows in ("a,1\na,2\n", "a\n", "a,1,1\n", '"a\nb",1\n')]
     + [(f"token,id\n<UNK>,0\na,{id}\n", f"line 3: the id must be 1, not '{id}'") for id in ("2", "9" * 20)],
 )
-def test_what_is_no_index_is_refused_with_harmless_advice(tmp_path, content, reason):
+def test_a_malformed_index_is_refused_with_harmless_advice(tmp_path, content, reason):
     path = tmp_path / "index.csv"
     path.write_text(content)
     with pytest.raises(InputError, match=f"is no item index .*{reason}") as error:
@@ -239,14 +239,14 @@ def test_what_is_no_index_is_refused_with_harmless_advice(tmp_path, content, rea
     assert advice in str(error.value) and "overwrite" not in str(error.value)
 
 
-def test_log_uniform_negatives_are_distinct_and_as_frequent_as_expected():
+def test_log_uniform_negatives_are_distinct_and_match_expected_counts():
     sampler, generator, draws = LogUniformSampler(40, 0.25), torch.Generator().manual_seed(1), 4000
     counts, expected = torch.zeros(40), torch.zeros(40)
     for _ in range(draws):
         ids, tries = sampler.draw(generator)
         assert len(ids) == len(ids.unique()) == 10 and tries >= 10
         counts[ids] += 1
-        expected -= torch.expm1(tries * sampler.log_miss).float()  # the probability to be among the distinct ids
+        expected -= torch.expm1(tries * sampler.log_miss).float()  # the probability of being drawn at least once
     np.testing.assert_allclose(counts / draws, expected / draws, atol=0.03)
 
 
@@ -271,12 +271,12 @@ def test_padding_that_task_1_never_saw_is_counted_as_unknown(tmp_path):
     assert data_loader.load_examples(str(path), Split(0.5), Vocabulary(["<UNK>", "1", "2"])).unknown_items == 1
 
 
-def test_a_sampler_that_draws_almost_nothing_else_still_ends():
+def test_sampling_ends_even_if_the_positive_has_almost_all_probability():
     sampler = TargetSampler(np.array([1 - 1e-12, 1e-12]))
     assert (sampler.draw(torch.ones(100, dtype=torch.int64), torch.Generator().manual_seed(1)) == 2).all()
 
 
-def test_a_split_by_user_parts_no_user(tmp_path):
+def test_a_split_by_user_keeps_each_user_in_one_part(tmp_path):
     path, items = tmp_path / "task2.csv", Vocabulary(["<UNK>", *map(str, range(1, 9))])
     path.write_text(
         "".join(f"{1 + user % 8},{1 + user % 5},,{','.join('abc'[: 1 + user % 3])}\n" for user in range(40))
@@ -296,7 +296,7 @@ def test_a_split_by_user_parts_no_user(tmp_path):
     assert first == again != other
 
 
-def test_too_few_users_to_hold_any_out(tmp_path):
+def test_too_few_users_to_hold_out_are_refused(tmp_path):
     path = tmp_path / "task2.csv"
     path.write_text("1,2,,a,b,c\n2,1,,a,b,c\n2,2,,b\n")
     with pytest.raises(InputError, match="3 users are too few to hold out"):

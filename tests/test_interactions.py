@@ -27,7 +27,7 @@ RATED = ["--task", "click=later where rating >= 4 and rating < 5", "--task", "li
 
 @pytest.fixture
 def make(tmp_path, monkeypatch, run_here):
-    """Writes tables into the working folder, runs the script there, and returns what it printed and what it wrote."""
+    """Writes tables into the working folder, runs the script there, and returns its output and its files' lines."""
     monkeypatch.chdir(tmp_path)
 
     def run(tables: dict[str, str | bytes], *flags: str) -> tuple[str, dict[str, list[str]]]:
@@ -44,7 +44,7 @@ def make(tmp_path, monkeypatch, run_here):
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch, run_here):
-    """As `make`, but what it is given is refused; returns the error, which is one line, and nothing is written."""
+    """As `make`, but the input must be refused in one line, which is returned, and nothing written."""
     monkeypatch.chdir(tmp_path)
 
     def run(tables: dict[str, str | bytes], *flags: str) -> str:
@@ -68,12 +68,12 @@ def table(rows: list[tuple], header: str = "user_id,item_id,timestamp") -> str:
 
 
 def days(users: str = "ab", count: int = 10) -> list[tuple]:
-    """Each user's items, named by user and time, oldest first."""
+    """Rows of each user, oldest first; items are named by user and time."""
     return [(user, f"{user}{time}", time) for user in users for time in range(count)]
 
 
 @pytest.mark.skipif(not MOVIELENS.exists(), reason="CONURE_MOVIELENS names no folder")
-def test_movielens_gives_the_files_of_the_results_byte_for_byte(tmp_path, run_here):
+def test_movielens_files_are_bit_identical_to_those_of_the_results(tmp_path, run_here):
     source = MOVIELENS / "ml-1m-half"
     users = ["--users", str(source / "users.dat"), "--users_columns", "user,gender,age,occupation,zip"]
     tasks = [*RATED, "--task", "gender=users.gender", "--task", "age=users.age"]
@@ -102,7 +102,7 @@ def test_a_gzipped_csv_with_half_stars(make):
     assert files == {"users": ["1", "2"], "users_click": ["1", "2"], "users_like": ["1", "2"]}
 
 
-def test_nothing_after_the_cut_is_in_a_sequence_however_the_rows_are_shuffled(make):
+def test_no_row_after_the_cut_is_in_a_sequence(make):
     random = np.random.default_rng(3)
     times, users = random.permutation(4000).tolist(), random.integers(0, 40, 4000).tolist()
     rows = [(user, f"i{time}", time, int(random.random() < 0.7)) for user, time in zip(users, times)]
@@ -119,7 +119,7 @@ def test_nothing_after_the_cut_is_in_a_sequence_however_the_rows_are_shuffled(ma
         assert later == f"{line},," + ",".join(f"i{time}" for time, _ in own if time > kept[-1])
 
 
-def test_ties_come_in_an_order_that_the_seed_decides_and_the_file_does_not(make):
+def test_the_order_of_ties_depends_on_the_seed_not_on_the_file(make):
     rows = [(user, f"{hour}{item}", 5, hour) for user in range(9) for hour in (1, 2) for item in "abcd"]
 
     def lines(order: str, *flags: str) -> list[str]:
@@ -135,7 +135,7 @@ def test_ties_come_in_an_order_that_the_seed_decides_and_the_file_does_not(make)
     assert lines("day,hour") == first
 
 
-def test_the_cut_parts_no_ties_and_targets_are_strictly_later(make):
+def test_the_cut_separates_no_ties_and_targets_are_strictly_later(make):
     random = np.random.default_rng(3)
     numbers = zip(random.integers(0, 40, 2000).tolist(), random.integers(0, 25, 2000).tolist())
     rows = [(user, f"i{row}", time, int(random.random() < 0.7)) for row, (user, time) in enumerate(numbers)]
@@ -156,9 +156,9 @@ def test_the_cut_parts_no_ties_and_targets_are_strictly_later(make):
     assert moved > 10 and unseen > 10, "the rows have what is promised for them"
 
 
-def test_more_than_a_tenth_of_ties_is_said(make):
+def test_more_than_a_tenth_of_ties_is_printed(make):
     def said(ties: dict[str, int], *flags: str) -> str:
-        """Of two users, 20 neighbours in all; those that are not seen do not count."""
+        """The first line printed for two users with 20 neighbouring pairs of rows; rows with seen = 0 do not count."""
         rows = [(user, time + 1, max(time, ties[user]), 1) for user in "ab" for time in range(11)]
         rows += [(user, 99, 10, 0) for user in "ab" for _ in range(9)]
         content = table(rows, "user_id,item_id,timestamp,seen")
@@ -171,7 +171,7 @@ def test_more_than_a_tenth_of_ties_is_said(make):
     assert said({"a": 3, "b": 3}, "--order", "") == said({"a": 3, "b": 3}, "--order", "timestamp,item_id") == ""
 
 
-def test_of_another_table_counts_what_is_later_than_the_sequence(make):
+def test_targets_of_another_table_are_later_than_the_sequence(make):
     other = [("a", "early", 6), ("b", "same", 7), ("a", "x", 9), ("nobody", "z", 99), ("b", "y", 8), ("a", "w", 8)]
     tables = {"rows.csv": table(days()), "other.csv": table(other)}
     _, files = make(tables, "--task", "shop=other.csv", "--length", "3")
@@ -180,7 +180,7 @@ def test_of_another_table_counts_what_is_later_than_the_sequence(make):
     assert files["shop"] == ["a5,a6,a7,,early,x,w", "b5,b6,b7,,same,y"], "without an order, all of it"
 
 
-def test_dates_are_later_across_tables_whatever_their_form(make):
+def test_dates_of_different_formats_are_compared_across_tables(make):
     dates = [("a", item, f"2024-01-{day:02}T12:00:00Z") for day, item in enumerate("vwxyz", 1)]
     other = [("a", "before", "2024-01-04 10:00:00"), ("a", "one", "2024-01-04 14:00:00"), ("a", "two", "2024-01-05")]
     _, files = make({"rows.csv": table(dates[::-1]), "other.csv": table(other)}, "--task", "shop=other.csv")
@@ -195,7 +195,7 @@ SALES = table(
 
 
 @pytest.mark.parametrize("form", ["{}", "({})", "stars > 0 & {}", "{} & stars > 0", "not (stars == 9 | not {})"])
-def test_conditions_see_times_where_all_values_are_dates(tmp_path, form):
+def test_conditions_compare_dates(tmp_path, form):
     kept = {
         "`bought at` > '2024-6-1'": [2, 3, 4, 5],
         "`bought at` > '2024-07-03'": [4, 5],
@@ -223,11 +223,11 @@ def test_conditions_see_times_where_all_values_are_dates(tmp_path, form):
         ("paid in ['2024-01-01']", "paid holds dates, and ['2024-01-01'] is none"),
     ],
 )
-def test_what_is_no_date_is_compared_with_no_date(refused, condition, complaint):
+def test_comparing_dates_with_other_values_is_refused(refused, condition, complaint):
     assert complaint in refused({"rows.csv": SALES}, "--order", "bought at", "--where", condition)
 
 
-def test_an_order_that_is_none_is_named_by_the_files_line(refused):
+def test_an_order_column_of_text_is_refused_with_its_line(refused):
     rows = ["a,b,2", 'a,"x', 'y",1', "", " ", "a,c,May", "a,d,4", "a,e,June", ""]
     head = "user_id,name,timestamp"
     flags = ["--item", "timestamp", "--user", "user_id"]
@@ -236,7 +236,7 @@ def test_an_order_that_is_none_is_named_by_the_files_line(refused):
     assert wanted.replace("7", "6") in refused({"rows.csv": "\r\n".join(rows)}, *flags, "--columns", head)
 
 
-def test_rows_are_ordered_by_all_columns_named(make):
+def test_rows_are_sorted_by_all_order_columns(make):
     rows = [("a", item, day, hour) for item, day, hour in zip("54321", "12211", (12, 10, 9, 2, 3))]
     tables = {"rows.csv": table(rows, "user_id,item_id,day,hour")}
     ordered = {"day,hour": "2,1,5,3,4", "hour": "2,1,3,4,5", "": "5,4,3,2,1"}
@@ -273,7 +273,7 @@ def test_whole_histories_for_serving(make):
     assert "to serve" not in printed
 
 
-def test_what_is_known_of_users(make):
+def test_classes_of_users(make):
     known = "user_id,gender\na,0\na,1\nb,0\nc,2\nc,1\nd,2\nd,2\ne,\ne,1\n"
     flags = ["--users", "users.csv", "--task", "gender=users.gender where gender != 0"]
     printed, files = make({"rows.csv": table(days("abcdefg")), "users.csv": known}, *flags)
@@ -281,7 +281,7 @@ def test_what_is_known_of_users(make):
     assert "1 users have more than one gender" in printed
 
 
-def test_no_table_that_is_read_is_written_over(tmp_path, run_here):
+def test_input_tables_are_never_overwritten(tmp_path, run_here):
     (tmp_path / "rows.csv").write_text(table(days()))
     users = tmp_path / "users.csv"
     users.write_text("user_id,age\na,1\nb,2\n")
@@ -291,14 +291,14 @@ def test_no_table_that_is_read_is_written_over(tmp_path, run_here):
     assert users.read_text().startswith("user_id,age")
 
 
-def test_what_is_left_out_is_counted(make):
+def test_left_out_rows_and_users_are_counted(make):
     rows = [*days("ab"), ("", "x", 1), ("a", "", 2), ("a", "z", ""), ("b", r"\N", 3), ("A", "few", 1)]
     printed, files = make({"rows.csv": table(rows)}, "--history", "1", "--length", "3")
     assert files["users"] == ["a", "b"] and files["pretrain"] == ["a7,a8,a9", "b7,b8,b9"]
     assert "4 rows lack a value of user_id, item_id, timestamp" in printed and "1 of 3 users are left out" in printed
 
 
-def test_the_report_fits_and_tells_what_reads_each_file(make):
+def test_the_output_fits_80_columns_and_names_the_script_for_each_file(make):
     tasks = ("later=later", "click=later where timestamp > 8", "c=later", "d=later")
     flags = [flag for task in tasks for flag in ("--task", task)]
     printed, _ = make({"rows.csv": table([*days("abc"), *days("d", 5)])}, *flags, "--length", "3")
@@ -313,7 +313,7 @@ def test_the_report_fits_and_tells_what_reads_each_file(make):
     assert f"next: python conure_tp_t1.py --data_path out/{file_of('pretrain')} {apart}" in lines
 
 
-def test_files_where_the_scripts_look_are_not_named_again(monkeypatch, capsys):
+def test_default_files_need_no_data_path(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     print_next_steps("Data/Session", ["pretrain", "click", "gender", "gender"], {"gender"})
     assert capsys.readouterr().out.splitlines() == [
@@ -418,12 +418,12 @@ USERS = ROWS | {"users.csv": "user_id,age\na,1\nb,2\n"}
         (ROWS, ["--history", "1.5"], "--history 1.5 makes no sense"),
     ],
 )
-def test_what_cannot_be_used_is_refused_in_one_line(refused, tables, flags, complaint):
+def test_unusable_input_is_refused_in_one_line(refused, tables, flags, complaint):
     assert complaint in refused(tables, *flags)
 
 
 def small(header: str, row: str, separator: str = ",") -> str:
-    """Ten rows of each of six users; `row` is made of user, item, time and a rating from 1 to 5."""
+    """Twenty rows of each of six users; `row` is a format of user, item, time and a rating from 1 to 5."""
     lines = [header] if header else []
     for user, time in itertools.product(range(1, 7), range(20)):
         values = {"item": user * 20 + time, "time": time + 100, "rating": 1 + (user + time) % 5, "one": time % 2}
@@ -431,7 +431,7 @@ def small(header: str, row: str, separator: str = ",") -> str:
     return "\n".join(lines).replace(",", separator) + "\n"
 
 
-# The tables that the README's commands read, by the name that stands there.
+# The tables that the commands of Data/README.md read, by file name.
 TABLES = {
     "orders.csv": small("customer,article,date,price", "{user},{item},2024-01-01 00:00:00.{time},9"),
     "returns.csv": small("customer,article,date,pieces", "{user},{item},2025-01-01,{rating}"),

@@ -1,4 +1,4 @@
-"""Metrics against their definitions, counted the slow way."""
+"""Metrics compared with slow implementations of their definitions."""
 
 import math
 
@@ -42,7 +42,7 @@ def test_scores_by_definition(k):
 
 
 def test_classes_by_definition():
-    """Four classes of unequal frequency, one of which never occurs; equal scores count a half in the AUC."""
+    """Four classes of unequal frequency, one of which never occurs; ties count as one half in the AUC."""
     random = np.random.default_rng(1)
     targets = random.choice([1, 2, 4], 300, p=[0.7, 0.2, 0.1])
     logs = random.integers(-4, 0, (300, 4)).astype(float)
@@ -73,8 +73,8 @@ def test_the_first_score_is_the_mean_of_the_first_values(protocol):
     assert next(iter(score(kept, protocol).values())) == pytest.approx(first_values(kept, protocol)[0].mean())
 
 
-def test_an_interval_is_of_users():
-    """As wide as the central limit theorem says; rows that say the same of the same user tell nothing more."""
+def test_an_interval_is_a_bootstrap_over_users():
+    """Its width follows the central limit theorem; repeated rows of a user do not narrow it."""
     random = np.random.default_rng(1)
     values, users = random.random(400), np.arange(400)
     low, high = interval([(values, users)])
@@ -84,7 +84,7 @@ def test_an_interval_is_of_users():
     assert interval([(np.ones(9), np.arange(9))]) == (1, 1)
 
 
-def test_runs_that_differ_widen_an_interval():
+def test_variance_over_runs_widens_an_interval():
     sums, counts = np.full((5, 50), 0.5), np.ones((5, 50))
     assert np.ptp(resampled_means(sums, counts)) == 0
     sums *= np.arange(5)[:, None]

@@ -1,4 +1,4 @@
-"""The network and the owner map: causality, who may read and train what, counts."""
+"""The network and the owner map: causality, visible and trained weights of each mode, keep counts, losses."""
 
 from types import SimpleNamespace
 
@@ -30,7 +30,7 @@ def small_model(positions: int = 0, tasks: int = 3) -> NextItNet:
     return model
 
 
-def test_no_position_sees_a_later_item():
+def test_no_hidden_state_depends_on_a_later_item():
     model, ids = small_model(positions=12), torch.randint(50, (4, 12))
     hidden = model(ids, Stage(1, "tp"))
     for changed in range(12):
@@ -46,7 +46,7 @@ def test_causal_conv_is_torchs_dilated_convolution(kernel_size, dilation):
     conv, x = CausalConv(6, kernel_size), torch.randn(9, 2, 6, requires_grad=True)
     _, geometry = read_by(Grid(9, 1), dilation, kernel_size, 9)
     ours = conv(x, Stage(1, "tp"), geometry)
-    weight = conv.weight.transpose(1, 2)  # (C_out, C_in, K), tap 0 the oldest as here
+    weight = conv.weight.transpose(1, 2)  # (C_out, C_in, K); tap 0 is the oldest in both
     padded = F.pad(x.permute(1, 2, 0), ((kernel_size - 1) * dilation, 0))
     theirs = F.conv1d(padded, weight, dilation=dilation).permute(2, 0, 1)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
@@ -57,7 +57,7 @@ def test_causal_conv_is_torchs_dilated_convolution(kernel_size, dilation):
 
 @pytest.mark.parametrize("dilations", [[1, 4, 1, 4], [2, 3], [5, 1, 2], [1], []])
 @pytest.mark.parametrize("kernel_size, time", [(3, 51), (3, 7), (2, 40), (1, 5), (4, 1)])
-def test_the_last_state_alone_is_that_of_all(dilations, kernel_size, time):
+def test_last_only_equals_the_last_of_all_states(dilations, kernel_size, time):
     torch.manual_seed(1)
     model, ids = NextItNet(50, 8, dilations, kernel_size, positions=6), torch.randint(50, (4, time))
     upstream, gradients = torch.randn(4, 8), []
@@ -69,7 +69,7 @@ def test_the_last_state_alone_is_that_of_all(dilations, kernel_size, time):
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
 
 
-def test_the_last_state_alone_takes_1_3_7_15_31_47_positions():
+def test_last_only_computes_1_3_7_15_31_47_positions():
     model, counts = NextItNet(50, 8, (1, 4) * 4, 3), []
     for conv in (module for module in model.modules() if isinstance(module, CausalConv)):
         conv.register_forward_hook(lambda conv, arguments, output: counts.append(len(output)))
@@ -82,25 +82,25 @@ def test_positions_count_from_the_right_and_repeat_the_first():
     model, ids = small_model(positions=3), torch.randint(50, (2, 5))
     with torch.no_grad():
         model.position.weight.normal_()
-    model.blocks = torch.nn.ModuleList()  # what is left is the sum of item and position
+    model.blocks = torch.nn.ModuleList()  # so that the output is the sum of item and position embeddings
     order = torch.tensor([0, 0, 0, 1, 2])
     expected = model.embedding(ids) + model.position(order)
     assert torch.equal(model(ids, Stage(1, "tp")), expected)
     assert torch.equal(model(ids[:, :2], Stage(1, "tp")), model.embedding(ids[:, :2]) + model.position(order[-2:]))
 
 
-def test_initial_values_are_the_originals():
+def test_initial_weights_follow_the_original():
     torch.manual_seed(0)
     model = NextItNet(items=4000, channels=32, dilations=[1], kernel_size=3)
     model.add_head(2, 4000)
     for weight in (model.embedding.weight, model.blocks[0].conv1.weight, model.head(2).weight):
         assert weight.abs().max() <= 0.04
-        assert weight.std().item() == pytest.approx(0.0176, rel=0.05)  # 0.02, cut off at two deviations
+        assert weight.std().item() == pytest.approx(0.0176, rel=0.05)  # 0.02, truncated at two standard deviations
     assert model.head(1).weight.std().item() == pytest.approx(0.01, rel=0.05)
     assert (model.head(1).bias == 0.1).all() and model.head(2).bias is None
 
 
-def test_three_ways_to_read_a_weight():
+def test_visible_and_trained_weights_of_each_mode():
     owner = torch.tensor([0, 1, 2, 3], dtype=torch.uint8)
     expected = {
         Stage(2, "tp"): ([1, 1, 1, 1], [1, 0, 0, 0]),
@@ -112,8 +112,8 @@ def test_three_ways_to_read_a_weight():
         assert [mask.int().tolist() for mask in masks] == [used, trained]
 
 
-def test_hidden_weights_leave_no_trace():
-    """Whatever stands in weights that a task may not read, its outputs are the same bits."""
+def test_invisible_weights_do_not_change_the_output():
+    """The output is bit-identical, whatever the values of weights that the task may not read."""
     model, ids = small_model(), torch.randint(50, (4, 12))
     pruning.prune(model, 1, [0.7])
     before = model(ids, Stage(1, "inference"))
@@ -123,7 +123,7 @@ def test_hidden_weights_leave_no_trace():
     assert torch.equal(model(ids, Stage(1, "inference")), before)
 
 
-def test_pruning_takes_the_largest_free_weights_and_no_more():
+def test_pruning_keeps_the_free_weights_of_largest_magnitude():
     model, ratios = small_model(), [0.7, 0.5, 0.8]
     for task in (1, 2, 3):
         before = [layer.owner.clone() for layer in pruning.owned_weights(model)]
@@ -144,7 +144,7 @@ def test_keep_count(size, earlier, ratio, count):
     assert pruning.keep_count(size, earlier, ratio) == count
 
 
-def test_a_task_is_pruned_once_and_never_from_nothing():
+def test_pruning_twice_or_without_free_weights_is_refused():
     model = small_model()
     pruning.prune(model, 1, [0.7])
     with pytest.raises(ValueError, match="pruned before"):
@@ -157,7 +157,7 @@ def test_a_task_is_pruned_once_and_never_from_nothing():
 
 @pytest.mark.parametrize("stage", [Stage(2, "tp"), Stage(2, "ret")])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_training_moves_only_what_the_stage_trains(stage, precision):
+def test_a_step_changes_only_the_weights_of_its_stage(stage, precision):
     model = small_model()
     pruning.prune(model, 1, [0.7])
     if stage.mode == "ret":
@@ -181,7 +181,7 @@ def test_training_moves_only_what_the_stage_trains(stage, precision):
             assert torch.equal(after[name], value) == (name not in own), name
 
 
-def test_a_task_reads_the_embeddings_updates_of_the_tasks_up_to_it():
+def test_a_task_reads_the_embedding_updates_of_itself_and_earlier_tasks():
     model, ids = small_model(), torch.randint(50, (4, 12))
     stages = [Stage(task, "inference") for task in (1, 2, 3)]
     untouched = [model(ids, stage) for stage in stages]
@@ -212,20 +212,20 @@ def test_a_tied_head_is_the_item_embedding_and_freezes_with_it():
     assert set(model.train_only(Stage(2, "tp"))) == convs | {model.head(2).weight}
 
 
-def test_tables_have_a_learning_rate_of_their_own():
+def test_table_rate_multiplies_the_learning_rate_of_tables():
     model, stage = small_model(), Stage(1, "tp")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.train_only(stage)
     adam = training.adam(training.parameter_groups(model, 1, table_learning_rate=0.05), learning_rate=0.01, beta1=0.9)
     loss = losses.NextItemLoss(LogUniformSampler(50, 1.0), None)
     loss(model, stage, batch_of(torch.randint(50, (16, 12)), torch.randint(1, 50, (16,))), None).backward()
-    adam.step()  # whose first step moves a weight by the learning rate, whatever the gradient's size
+    adam.step()  # the first step of Adam changes a weight by the learning rate, whatever its gradient
     rates = {"embedding.weight": 0.05, "heads.1.bias": 0.05, "blocks.0.conv1.weight": 0.01, "blocks.0.ln1.bias": 0.01}
     for name, rate in rates.items():
         assert (model.state_dict()[name] - before[name]).abs().max() == pytest.approx(rate, rel=1e-3), name
 
 
-def test_dropout_is_of_training_alone():
+def test_dropout_is_applied_in_training_only():
     model, ids = small_model(), torch.randint(50, (4, 12))
     whole = model(ids, Stage(1, "tp"))
     model.dropout.p = 0.5
@@ -234,7 +234,7 @@ def test_dropout_is_of_training_alone():
 
 
 @pytest.mark.parametrize("negative_fraction", [0.5, 1.0])
-def test_bfloat16_products_are_near_those_of_float32(negative_fraction):
+def test_bfloat16_gradients_are_close_to_float32(negative_fraction):
     model, stage = small_model(tasks=1), Stage(1, "tp")
     torch.manual_seed(1)
     batch = batch_of(torch.randint(1, 50, (16, 12)), torch.randint(1, 50, (16,)))
@@ -249,7 +249,7 @@ def test_bfloat16_products_are_near_those_of_float32(negative_fraction):
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-3, atol=0)
 
 
-def test_bfloat16_gradients_vanish_where_the_model_is_sure():
+def test_bfloat16_gradients_vanish_where_the_loss_is_small():
     torch.manual_seed(1)
     weight, labels = torch.randn(50, 32), torch.randint(50, (64,))
     found = []
@@ -275,7 +275,7 @@ def test_full_softmax_and_ignored_labels():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_later_tasks_losses_are_torchs_and_leave_out_what_is_unknown(bias):
+def test_losses_of_later_tasks_equal_torchs_without_unk(bias):
     model, stage, user = small_model(), Stage(2, "tp"), torch.randint(50, (5, 12))
     model.add_head(2, 7, bias)
     if bias:
@@ -292,7 +292,7 @@ def test_later_tasks_losses_are_torchs_and_leave_out_what_is_unknown(bias):
 
 
 def test_each_row_of_a_batch_is_encoded_once_with_the_loss_of_every_example():
-    """And its targets, in the batch or not, are not each other's negatives."""
+    """The targets of a row, in the batch or not, are not each other's negatives."""
     model, stage, user = small_model(), Stage(2, "tp"), torch.randint(50, (3, 12))
     model.add_head(2, 9)
     row_of, targets, encoded = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([1, 3, 3, 6, 2, 6]), []
@@ -301,7 +301,7 @@ def test_each_row_of_a_batch_is_encoded_once_with_the_loss_of_every_example():
     loss = losses.TargetLoss(0.1, lambda rows: known[rows // 3 - 1])
     with model.embedding.register_forward_hook(lambda module, ids, output: encoded.append(output.shape[1])):
         ours = loss(model, stage, batch, None)
-    assert encoded == [losses.ENCODED_ROWS]  # three, and what they are padded to
+    assert encoded == [losses.ENCODED_ROWS]  # three rows, padded to this number
     scores = model.scores(user[row_of], stage)
     for example, (row, target) in enumerate(zip(row_of, targets)):
         scores[example, [0, *(set(known[row].tolist()) - {target.item()})]] = -torch.inf
@@ -311,7 +311,7 @@ def test_each_row_of_a_batch_is_encoded_once_with_the_loss_of_every_example():
     torch.testing.assert_close(*found)
 
 
-def test_the_shares_of_a_batch_add_up():
+def test_the_losses_of_shards_sum_to_that_of_the_batch():
     model, stage, user = small_model(), Stage(2, "tp"), torch.randint(50, (3, 12))
     batch = Batch(np.arange(3), user, torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([1, 3, 3, 6, 2, 6]))
     loss = losses.TargetLoss(0.1, np.array([[1, 3, 0], [3, 0, 0], [2, 6, 0]]).__getitem__)
@@ -324,8 +324,8 @@ def test_the_shares_of_a_batch_add_up():
         torch.testing.assert_close(sum(shares), whole)
 
 
-def test_weights_are_averaged_with_those_that_never_change_as_they_are():
-    """Every weight that a float can be: 7 additions and a division would move many of them."""
+def test_averaging_leaves_frozen_weights_bit_identical():
+    """With 10,000 random weights: 7 additions and a division would change many of them by rounding."""
     moving, frozen = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.randn(10_000))
     before, state = frozen.detach().clone(), TrainingState([moving, frozen], None, [])
     with state.averaged():
@@ -342,7 +342,7 @@ def test_weights_are_averaged_with_those_that_never_change_as_they_are():
 
 
 @pytest.mark.parametrize("by_user", [False, True])
-def test_an_epoch_has_every_example_once_in_another_order_than_before(by_user):
+def test_each_epoch_has_every_example_once_in_a_new_order(by_user):
     users = np.repeat(np.arange(40), np.arange(40) % 7 + 1)
     train = np.random.default_rng(1).permutation(len(users))[:-10]
     data = SimpleNamespace(users=users, rows=np.zeros((40, 3)), splits={"train": train})
@@ -355,7 +355,7 @@ def test_an_epoch_has_every_example_once_in_another_order_than_before(by_user):
     assert (orders[0] == training.shuffled_examples(data, np.random.default_rng((10, 0)), by_user)).all()
 
 
-def test_an_informed_head_is_held_near_the_rows_of_task_1():
+def test_l2_holds_an_informed_head_near_its_start():
     model, stage, user = small_model(), Stage(2, "tp"), torch.randint(50, (5, 12))
     model.add_head(2, 7)
     items = Vocabulary(["<UNK>", *(f"item {id}" for id in range(1, 50))])
@@ -373,7 +373,7 @@ def test_an_informed_head_is_held_near_the_rows_of_task_1():
 
 
 def plain_sampled_softmax(hidden, labels, left_out, head, negatives, label_counts, negative_counts):
-    """As losses.sampled_softmax, with all logits at once."""
+    """losses.sampled_softmax with all logits in one block."""
     own = (hidden * head.weight[labels]).sum(dim=1) + head.bias[labels] - label_counts.log()
     others = hidden @ head.weight[negatives].T + head.bias[negatives] - negative_counts.log()
     hits = (negatives == left_out[:, :, None]).any(dim=1)
@@ -381,14 +381,14 @@ def plain_sampled_softmax(hidden, labels, left_out, head, negatives, label_count
 
 
 @pytest.mark.parametrize("at_once", [1, 60, 1 << 26])
-def test_sampled_softmax_in_blocks_is_that_of_all_logits_at_once(monkeypatch, at_once):
+def test_sampled_softmax_does_not_depend_on_the_block_size(monkeypatch, at_once):
     monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
     monkeypatch.setattr(matmul, "CPU_COLUMNS", 7)
     torch.manual_seed(1)
     head, hidden = small_model().head(1), (5 * torch.randn(9, 8)).requires_grad_()
     labels, negatives = torch.tensor([3, 3, 49, 0, 7, 8, 9, 1, 2]), torch.tensor([7, 3, 20, 21, 22, 23, 1, 24, 25, 49])
     left_out, counts, results = torch.randint(50, (9, 20)), (torch.rand(9), torch.rand(10)), []
-    left_out[0] = negatives.repeat(2)  # nothing is left for this one
+    left_out[0] = negatives.repeat(2)  # so that the first position has no negative
     left_out[:, 7] = labels
     for function in (losses.sampled_softmax, plain_sampled_softmax):
         loss = function(hidden, labels, left_out, head, negatives, *counts)
@@ -396,7 +396,7 @@ def test_sampled_softmax_in_blocks_is_that_of_all_logits_at_once(monkeypatch, at
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
-def test_sampled_softmax_of_all_items_at_equal_counts_is_the_full_softmax():
+def test_sampled_softmax_over_all_items_equals_full_softmax():
     head, hidden, labels = small_model().head(1), torch.randn(9, 8), torch.randint(50, (9,))
     counts = torch.ones(9), torch.ones(50)
     ours = losses.sampled_softmax(hidden, labels, labels[:, None], head, torch.arange(50), *counts)
@@ -405,12 +405,12 @@ def test_sampled_softmax_of_all_items_at_equal_counts_is_the_full_softmax():
 
 @pytest.mark.parametrize("sampled", [True, False])
 @pytest.mark.parametrize("earlier_items", [True, False])
-def test_items_before_a_position_may_be_no_negatives_of_it(sampled, earlier_items):
-    """Of all items, sampled at equal counts or not; items that come again are labels all the same."""
+def test_earlier_items_are_no_negatives_unless_asked(sampled, earlier_items):
+    """Over all items, by sampled softmax with equal counts or by full softmax; recurring items stay labels."""
     model, stage, inputs = small_model(), Stage(1, "tp"), torch.randint(1, 20, (3, 12))
     batch, sampler = batch_of(inputs, torch.randint(1, 20, (3,))), LogUniformSampler(50, 1.0)
     if sampled:
-        sampler.items += 1  # more than are drawn
+        sampler.items += 1  # more than are drawn, so that the softmax is sampled
         sampler.draw = lambda generator: (torch.randperm(50), 50)
         sampler.expected_count = lambda ids, draws: torch.ones(len(ids))
     ours = losses.NextItemLoss(sampler, None, earlier_items)(model, stage, batch, None)

@@ -23,7 +23,7 @@ from tools.comparisons.sasrec import SASRec
 
 @pytest.fixture
 def network() -> NextItNet:
-    """Of 30 items, with a head of 7 targets for task 2 and one of 5 for task 3."""
+    """A network of 30 items, with a head of 7 targets for task 2 and of 5 for task 3."""
     torch.manual_seed(1)
     model = NextItNet(30, channels=8, dilations=(1,), kernel_size=3)
     model.add_head(2, 7)
@@ -56,13 +56,13 @@ def test_self_attention_sees_no_later_item_and_no_padding():
     torch.testing.assert_close(model(ids, stage)[:, 4:], states[:, 4:])
 
 
-def test_self_attention_knows_the_order_of_the_items():
+def test_self_attention_depends_on_the_order_of_items():
     model, stage, ids = sasrec_of(9), Stage(1, "tp"), torch.randint(8, 30, (3, 9))
     swapped = ids[:, [1, 0, *range(2, 9)]]
     assert (model.user_representation(swapped, stage) != model.user_representation(ids, stage)).any(dim=1).all()
 
 
-def test_self_attention_shares_the_weights_of_items_with_the_head_of_task_1():
+def test_sasrec_ties_the_head_of_task_1_to_the_item_embedding():
     model = sasrec_of(9)
     assert model.head(1).weight is model.embedding.weight
     again = SASRec(**model.architecture)
@@ -75,7 +75,7 @@ def test_self_attention_shares_the_weights_of_items_with_the_head_of_task_1():
     assert all(gradient.any() for gradient in gradients) and len(trained) == len(list(model.parameters()))
 
 
-def test_a_frozen_head_is_one_that_starts_as_task_1s():
+def test_only_heads_initialised_from_task_1_are_frozen():
     model = networks.FrozenHead(30, channels=8, dilations=(1,), kernel_size=3)
     model.add_head(2, 7)
     convs = {layer.weight for layer in pruning.owned_weights(model)}
@@ -86,7 +86,7 @@ def test_a_frozen_head_is_one_that_starts_as_task_1s():
 
 
 class Nothing:
-    """A loss of 0 that keeps the batches and stages it was given."""
+    """A loss of 0 that records the stages and batches of its calls."""
 
     def __init__(self):
         self.given = []
@@ -96,7 +96,7 @@ class Nothing:
         return torch.zeros(())
 
 
-def test_distillation_holds_the_answers_of_earlier_tasks(network):
+def test_distillation_penalises_changed_scores_of_earlier_tasks(network):
     before, inputs = copy.deepcopy(network), torch.randint(30, (5, 6))
     batch = Batch(np.arange(5), inputs, torch.tensor([0, 1, 1, 2, 3, 4, 4]), torch.ones(7).long())
     loss, rest = networks.DistilledLoss(Nothing(), before), (Stage(3, "tp"), batch, None, ALONE)
@@ -114,7 +114,7 @@ def test_distillation_holds_the_answers_of_earlier_tasks(network):
     first, second, own = gradients()
     assert own is None and first.abs().max() < 1e-6 and second[4].abs().max() > 1e-3 and not second[0].any()
     expected = 0.0
-    for task, seen in ((1, inputs[:, :-1]), (2, inputs)):  # task 1 never saw the separator
+    for task, seen in ((1, inputs[:, :-1]), (2, inputs)):  # task 1 has no separator
         now, then = (model.scores(seen, Stage(task, "tp"))[:, 1:] / 2 for model in (network, before))
         expected -= (then.softmax(dim=1) * now.log_softmax(dim=1)).sum(dim=1).mean()
     torch.testing.assert_close(loss(network, *rest), expected)
@@ -142,7 +142,7 @@ def test_joint_training_draws_from_the_memory_of_one_other_task(network, tiny):
         assert all(stage == Stage(task, "tp") and len(batch.targets) == 4 for stage, batch in other.given)
 
 
-def test_without_training_a_target_scores_as_the_item_it_is(tmp_path, network):
+def test_zero_shot_scores_a_target_as_its_item(tmp_path, network):
     (tmp_path / "2.csv").write_text("a,b,b,,b,x\na,b,c,,a\n0,c,a,,c,x\n0,0,b,,c\n")
     items = Vocabulary(["<UNK>", "0", "a", "b", "c"])
     data = data_loader.load_examples(str(tmp_path / "2.csv"), data_loader.Split(0.5), items)

@@ -1,4 +1,4 @@
-"""Several processes train and score as one does."""
+"""Several processes train and score as one process does."""
 
 import json
 import re
@@ -21,7 +21,7 @@ finally:
     json.dump(losses, open(output + os.environ.get("RANK", "0"), "w"))
 """
 
-# Both processes make the gradients of both, and hold the sums that they get against those of their own.
+# Each process computes the gradients of both, and compares the exchanged sums with its own.
 SUMS = """
 import torch
 from conure import processes
@@ -47,20 +47,20 @@ with processes.group("cpu"):
 
 
 def run(processes: int, *command: object) -> str:
-    """Runs a Python program in so many processes, one thread each; it must succeed."""
+    """Runs a Python program in `processes` processes of one thread each; it must succeed."""
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     return run_python(*start, *map(str, command), OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
 
 
 def results(printed: str) -> list[str]:
-    """The RESULT lines without their times."""
+    """The RESULT lines without the seconds."""
     return [line.split(" seconds=")[0] for line in printed.splitlines() if line.startswith("RESULT")]
 
 
 @pytest.mark.parametrize("task, mode", [(1, "tp"), (1, "ret"), (2, "tp"), (4, "ret")])
-def test_two_processes_have_the_loss_curve_of_one(chain, tmp_path, task, mode):
-    """An odd batch size, so that their shares differ; few steps, as rounding errors grow with training; no dropout, as
-    each process draws its own."""
+def test_two_processes_and_one_have_the_same_loss_curve(chain, tmp_path, task, mode):
+    """The batch size is odd, so that the shards differ. Steps are few, because rounding errors grow with training.
+    Dropout is off, because each process draws its own masks."""
     curves, printed, program = [], [], tmp_path / "loss_curve.py"
     program.write_text(LOSS_CURVE)
     for processes in (1, 2):
@@ -74,17 +74,17 @@ def test_two_processes_have_the_loss_curve_of_one(chain, tmp_path, task, mode):
     assert len(curves[0]) == len(curves[1]) >= 19
     np.testing.assert_allclose(*curves, rtol=0, atol=1e-4)
     one, two = printed
-    assert len(one) == len(two) and one[0] == two[0]  # what they start from scores the same
+    assert len(one) == len(two) and one[0] == two[0]  # the initial models score the same
 
 
-def test_gradients_are_summed_by_rows_or_whole_and_without_one_of_them(tmp_path):
+def test_gradients_are_summed_over_processes(tmp_path):
     program = tmp_path / "sums.py"
     program.write_text(SUMS)
     run(2, program)
 
 
-def test_tables_cost_no_more_than_the_rows_that_a_batch_touched():
-    """Of two tables of 42 MB, a fifth of the one's rows and a few of the other's."""
+def test_only_the_table_rows_of_a_batch_are_exchanged():
+    """Of two tables of 42 MB, a fifth of the rows of one and a few rows of the other are exchanged."""
     printed = run_python("-m", "benchmarks.several_processes", "--items", "41000", "--dilations", "1", "--steps", "1")
     given = {name: float(value) for name, value in re.findall(r"(\w+)_mb=(\S+)", printed)}
     assert given["whole"] > 84 and given["by_rows"] < 0.2 * given["whole"]
@@ -113,7 +113,7 @@ def test_two_processes_leave_a_finished_stage_alone(chain):
     [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "two"}, {"RANK": "1"}, {"WORLD_SIZE": "2", "RANK": "1"}],
     ids=str,
 )
-def test_variables_that_torchrun_did_not_set_start_no_group(chain, run_here, monkeypatch, left_over):
+def test_stray_environment_variables_start_no_process_group(chain, run_here, monkeypatch, left_over):
     for name, value in left_over.items():
         monkeypatch.setenv(name, value)
     code, output, error = run_here("conure_ret_t4.py", *flags(chain[0], 4), *chain_settings(4, "ret"))

@@ -1,4 +1,4 @@
-"""Ranks against their definition, counted the slow way."""
+"""Ranks compared with a slow implementation of their definition."""
 
 import math
 from pathlib import Path
@@ -20,7 +20,7 @@ from pruning import Stage
 CPU = torch.device("cpu")
 
 
-def test_ranks_count_every_other_score_that_is_not_lower():
+def test_ties_rank_above_the_target():
     generator = torch.Generator().manual_seed(1)
     scores = torch.randint(0, 6, (200, 12), generator=generator).float()  # many ties
     scores[3, 5] = scores[4, 0] = math.nan
@@ -31,10 +31,10 @@ def test_ranks_count_every_other_score_that_is_not_lower():
         for row, target in zip(scores.tolist(), targets.tolist())
     ]
     assert ranking.target_ranks(scores, targets).tolist() == expected
-    assert expected[4] == 12  # a target without a score is the last
+    assert expected[4] == 12  # a target whose score is NaN ranks last
 
 
-def test_a_model_that_scores_all_alike_is_right_about_nothing():
+def test_constant_scores_rank_every_target_last():
     assert (ranking.target_ranks(torch.zeros(3, 9), torch.tensor([0, 4, 8])) == 9).all()
 
 
@@ -55,7 +55,7 @@ def make_model() -> NextItNet:
 
 @pytest.fixture
 def data() -> dict[int, TaskData]:
-    """Of tasks 1 and 2: 30 rows with repeats and padding, items whose tokens are targets' and others, all shuffled."""
+    """Tasks 1 and 2: 30 rows with repeats and padding; some items have the token of a target; all in random order."""
     random = np.random.default_rng(1)
     tokens = ["<UNK>", "0", *map(str, range(1, 49))]
     items = Vocabulary(tokens)
@@ -96,7 +96,7 @@ def tokens_of(vocabulary: Vocabulary, ids: np.ndarray) -> set[str]:
 @pytest.mark.parametrize("leave_out", ["nothing", "targets", "known"])
 @pytest.mark.parametrize("task", [1, 2])
 def test_ranks_leave_out_what_the_user_is_known_to_have_chosen(small_blocks, data, task, leave_out):
-    """Whatever the sizes of the blocks and however many examples a row has, in the order of the examples."""
+    """In the order of the examples, for small blocks and any number of examples per row."""
     data, model, stage = data[task], make_model(), Stage(task, "inference")
     examples = np.concatenate([data.splits["test"], data.splits["validation"]])
     protocol = Protocol(leave_out=leave_out)
@@ -121,7 +121,7 @@ def test_ranks_leave_out_what_the_user_is_known_to_have_chosen(small_blocks, dat
 @pytest.mark.parametrize("leave_out", ["nothing", "known"])
 @pytest.mark.parametrize("most", [1 << 14, 60])
 def test_the_next_item_is_ranked_at_every_position(small_blocks, data, monkeypatch, leave_out, most):
-    """Where there is one after an item; of too many positions those of the first rows."""
+    """Positions of padding do not count; if there are too many positions, those of the first rows count."""
     monkeypatch.setattr(ranking, "MAX_POSITIONS", most)
     data, model, stage = data[1], make_model(), Stage(1, "inference")
     examples = data.splits["test"]
@@ -145,7 +145,7 @@ def test_the_next_item_is_ranked_at_every_position(small_blocks, data, monkeypat
     assert len(expected) > 40 and (len(set(users)) < len(examples)) == (most == 60)
 
 
-def test_class_scores_come_with_the_ranks_of_classes(small_blocks, data):
+def test_ranks_of_classes_come_with_log_probabilities(small_blocks, data):
     data, model, stage = data[2], make_model(), Stage(2, "inference")
     ranks = ranking.rank(model, data, data.splits["test"], stage, CPU, Protocol("accuracy", 1))
     with torch.no_grad():
@@ -154,14 +154,14 @@ def test_class_scores_come_with_the_ranks_of_classes(small_blocks, data):
 
 
 def write_task(path: Path, again: int) -> TaskData:
-    """Task 2 of 400 users with a target each, of whom so many take an item of their row again."""
+    """Task 2 of 400 users with one target each; for `again` users the target is an item of their row."""
     lines = [f"a,b{user},c,,{'c' if user < again else 'd'}\n" for user in range(400)]
     path.write_text("".join(lines))
     items = Vocabulary(["<UNK>", "a", "c", "d"])
     return data_loader.load_examples(str(path), Split(0.01), items)
 
 
-def test_auto_leaves_a_rows_items_out_unless_they_are_chosen_again(tmp_path):
+def test_leave_out_auto_depends_on_how_often_items_recur(tmp_path):
     hp = SimpleNamespace(leave_out="auto", top_k=5)
     for again, expected in ((1, "known"), (40, "targets")):
         assert ranking.protocol_of(hp, "ranking", write_task(tmp_path / "2.csv", again)).leave_out == expected

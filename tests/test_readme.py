@@ -1,4 +1,4 @@
-"""Every command of the README and of docs/, run in order in a copy of the project, small where it takes long."""
+"""Runs every command of README and docs/, in order, in a copy of the project, with small settings."""
 
 import re
 import shutil
@@ -20,7 +20,7 @@ COMMAND = r"(?:bash|rm|awk|python3|(?:[A-Z_]+=\S+ )*bash|\.venv/bin/\w+) .*"
 TINY = "--first_epochs 1 --first_ret_epochs 1 --epochs 1 --ret_epochs 1 --channels 8 --dilations 1 --seeds 1"
 APART = "--checkpoint_dir apart --index_path apart/index.csv --epochs 1 --channels 8 --dilations 1"
 
-# Which commands are not run as they stand, and what makes them short; the demo stands for the data that they name.
+# Commands that are run with further flags, which make them short; the demo replaces the data that they name.
 SHORTER = {
     "bash run_all.sh --full": "",  # after the settings at the top of the scripts were made small
     ".venv/bin/python conure_tp_t1.py": APART,
@@ -45,7 +45,7 @@ ELSEWHERE = {
 
 
 def commands(text: str) -> list[str]:
-    """The commands of a page in order: lines of its code blocks, and code within its sentences."""
+    """The commands of a page in order: lines of code blocks, and inline code."""
     found = []
     for block, span in re.findall(r"^```\n(.*?)^```$|`([^`\n]+)`", text, re.MULTILINE | re.DOTALL):
         found += [line for line in (block.splitlines() or [span]) if re.fullmatch(COMMAND, line)]
@@ -77,7 +77,7 @@ def run(folder: Path, command: str) -> str:
     return done.stdout
 
 
-def test_the_commands_that_are_not_run_as_they_stand_are_the_readmes():
+def test_every_exception_names_a_command_of_the_pages():
     assert {*SHORTER, *ELSEWHERE} <= set(commands(PAGES))
     pinned = (ROOT / "requirements.txt").read_text().splitlines()[0]
     assert all(version == pinned for version in re.findall(r"torch==[\d.]+", PAGES))
@@ -114,14 +114,14 @@ def test_a_task_is_added_as_the_page_says(copy):
 
 
 def edited(text: str, old: str, new: str) -> str:
-    """The text with the only place that matches the pattern `old` changed."""
+    """The text with the pattern `old`, which must match once, replaced by `new`."""
     text, places = re.subn(old, new, text)
     assert places == 1, old
     return text
 
 
 def shrink(copy: Path) -> None:
-    """Edits the blocks of the scripts, as a user does, and puts away what other settings left."""
+    """Edits the settings blocks of the scripts, as a user does, and removes data and checkpoints of other settings."""
     for script in copy.glob("conure_*.py"):
         text = re.sub(r"(    epochs: \w+) = \d+", r"\1 = 1", script.read_text())
         script.write_text(re.sub(r"(    channels: \w+) = \d+", r"\1 = 8", text))
@@ -129,7 +129,7 @@ def shrink(copy: Path) -> None:
 
 
 def assert_learned(copy: Path, task: int) -> None:
-    """Nothing is forgotten, and if the task has classes its accuracy is that of the best of all of them, row by row."""
+    """Asserts that nothing is forgotten, and that the accuracy of a task of classes is that of a row-by-row argmax."""
     assert run(copy, ".venv/bin/python evaluate.py").count(" same\n") == task
     run(copy, f".venv/bin/python -m tools.export --task {task}")
     content, _ = checkpoint.load(str(copy / "checkpoints" / f"ret_t{task}.pt"))

@@ -1,7 +1,7 @@
-"""The suite computes what the original computed: every recorded array, through the suite's own code.
+"""The suite reproduces every array recorded from the original.
 
-The recorded numbers and their tolerances are described in tests/reference/README.md. Further folders of the same kind
-are named by the environment variable CONURE_REFERENCE.
+tests/reference/README.md describes the arrays and their tolerances. The environment variable CONURE_REFERENCE may name
+a folder of further recordings.
 """
 
 import ast
@@ -33,7 +33,7 @@ LOADERS = sorted(path for folder in FOLDERS for path in folder.glob("loader_*"))
 
 
 class Recording:
-    """One npz: its arrays, and the suite's model at any point that it recorded."""
+    """One npz file: its arrays, and the suite's model at any recorded point."""
 
     def __init__(self, path: Path):
         with np.load(path, allow_pickle=False) as arrays:
@@ -61,7 +61,7 @@ class Recording:
         return {ours: f"{point}/{theirs}" for ours, theirs in names.items() if f"{point}/{theirs}" in self.arrays}
 
     def model(self, point: str, learned: int) -> NextItNet:
-        """The model as recorded at `point`, with the owner maps of tasks 1..learned; heads not begun yet as at init."""
+        """The model at `point`, with the owner maps of tasks 1..learned; untrained heads have their initial weights."""
         config = self.config
         model = NextItNet(config["num_items"], config["channels"], config["dilations"], config["kernel_size"])
         for task, size in enumerate(config["target_sizes"], start=2):
@@ -110,7 +110,7 @@ class Recording:
         )
 
     def loss(self, task: int, mode: str) -> losses.Loss:
-        """The loss that the scripts train with --as_original, with the recorded negatives in place of drawn ones."""
+        """The loss of the scripts with --as_original, with the recorded negatives."""
         script = f"conure_{mode}_t{min(task, 2)}.py"
         if task == 1:
             loss = losses.next_item(settings.of_script(script, as_original=True), self.data(1))
@@ -123,10 +123,10 @@ class Recording:
 
 
 class RecordedNegatives(samplers.LogUniformSampler):
-    """The suite's sampler, except that it draws what the original drew: `ids`, of which it expected `counts`."""
+    """The suite's sampler, with the original's draw: `ids`, with expected counts `counts`."""
 
     def __init__(self, items: int, ids: Tensor, counts: Tensor):
-        self.ids, self.draws = ids, len(ids)  # as many draws if none was a repeat; their number is not recorded
+        self.ids, self.draws = ids, len(ids)  # the number of draws is not recorded; it is this if none was a repeat
         super().__init__(items, 0.5)
         self.count = len(ids)
         if not torch.allclose(self.expected_count(ids, self.draws), counts, rtol=1e-5, atol=0):
@@ -154,11 +154,11 @@ def close(ours: Tensor, theirs: Tensor, **tolerance) -> None:
     torch.testing.assert_close(ours.detach().flatten(), theirs.flatten(), **(tolerance or TOLERANCE))
 
 
-def test_there_is_something_to_test_against():
+def test_recordings_exist():
     assert RECORDINGS and LOADERS
 
 
-def test_no_array_is_of_a_kind_that_the_tests_below_do_not_know(recording):
+def test_every_recorded_array_is_tested(recording):
     points = "init|after_(tp|ret)_t\\d+"
     known = [
         "config",
@@ -196,8 +196,8 @@ def test_task_1_hidden_states_losses_and_predictions(recording):
 
 
 @pytest.mark.parametrize("draws", [9, 10, 14])
-def test_expected_counts_are_tensorflows_with_and_without_repeated_draws(draws):
-    """9 negatives of 47 items, by the formula of TensorFlow's range sampler (ExpectedCountHelper in its source)."""
+def test_expected_counts_equal_tensorflows(draws):
+    """9 negatives of 47 items, without and with repeated draws; formula of TensorFlow's ExpectedCountHelper."""
     probabilities = np.log1p(1 / np.arange(1, 48)) / np.log(48)
     counts = probabilities * 9 if draws == 9 else -np.expm1(draws * np.log1p(-probabilities))
     counts, ids = torch.from_numpy(counts).float(), torch.tensor([0, 3, 1, 20, 7, 46, 2, 11, 5])
@@ -239,7 +239,7 @@ def test_gradients_are_the_originals_and_zero_on_owned_weights(recording):
 
 
 class TensorFlowAdam(torch.optim.Optimizer):
-    """Adam with epsilon added before the bias correction, as TensorFlow has it."""
+    """Adam with epsilon added before the bias correction, as in TensorFlow."""
 
     def __init__(self, parameters, lr: float):
         super().__init__(parameters, {"lr": lr})
@@ -277,7 +277,7 @@ def test_weights_after_the_optimiser_steps(recording, optimiser, tolerance):
                 assert torch.equal(after[weight][mask], before[weight][mask])
 
 
-def test_pruning_takes_the_same_weights(recording):
+def test_pruning_keeps_the_same_weights_as_the_original(recording):
     ratios = recording.config["prune_ratio"]
     for task in range(1, recording.tasks + 1):
         model = recording.model(f"after_tp_t{task}", learned=task - 1)
@@ -287,7 +287,7 @@ def test_pruning_takes_the_same_weights(recording):
             assert torch.equal(owners[name] == task, mask), f"task {task}, {name}"
 
 
-def test_task_1_stays_as_it_was_learned(recording):
+def test_task_1_is_unchanged_after_later_tasks(recording):
     inputs, _ = recording.batch(1)
     learned = recording.model("after_ret_t1", learned=1)(inputs, Stage(1, "inference"))
     close(learned, recording.tensor("task1/ret/hidden_after"))

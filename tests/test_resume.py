@@ -1,4 +1,4 @@
-"""What a script does when a run of it has been there before, or is there now."""
+"""Finished, interrupted and concurrent runs: skipping, resuming, overwriting, refusing."""
 
 import itertools
 import shutil
@@ -40,14 +40,14 @@ def start_and_kill(folder: Path, *arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def killed(demo, tmp_path_factory) -> Path:
-    """A folder in which tp of task 1 was killed on its way to epoch 300."""
+    """A folder in which tp of task 1, with 300 epochs, was killed after a snapshot."""
     folder = tmp_path_factory.mktemp("killed")
     shutil.copytree(demo / "Data", folder / "Data")
     start_and_kill(folder, "--epochs", "300")
     return folder
 
 
-def test_a_finished_stage_says_so_and_changes_nothing(chain_copy, run_here):
+def test_running_a_finished_stage_again_changes_nothing(chain_copy, run_here):
     before = files_in(chain_copy / "checkpoints")
     settings = chain_settings(2, "tp")
     code, output, error = run_here("conure_tp_t2.py", *flags(chain_copy, 2), *settings)
@@ -62,7 +62,7 @@ def test_a_finished_stage_says_so_and_changes_nothing(chain_copy, run_here):
     assert files_in(chain_copy / "checkpoints") == before
 
 
-def test_a_lost_index_is_written_again_by_the_finished_script(chain_copy, run_here):
+def test_a_finished_tp_of_task_1_restores_a_lost_index(chain_copy, run_here):
     index = chain_copy / "Data" / "index.csv"
     before = index.read_bytes()
     for damage in (index.unlink, lambda: index.write_text("junk")):
@@ -72,7 +72,7 @@ def test_a_lost_index_is_written_again_by_the_finished_script(chain_copy, run_he
         assert index.read_bytes() == before
 
 
-def test_overwriting_a_stage_replaces_its_results_and_makes_what_follows_stale(chain_copy, run_here):
+def test_overwriting_a_stage_replaces_its_results_and_makes_later_stages_stale(chain_copy, run_here):
     settings = ["--epochs", "1", "--batch_size", "128"]
     code, output, _ = run_here("conure_tp_t2.py", *flags(chain_copy, 2), *settings, "--overwrite")
     assert code == 0
@@ -96,7 +96,7 @@ def test_overwriting_a_stage_replaces_its_results_and_makes_what_follows_stale(c
     assert "is stale, as tp_t2.pt has been replaced since" in error
 
 
-def test_a_snapshot_of_other_settings_or_data_is_refused_by_name(killed, tmp_path, run_here):
+def test_a_snapshot_of_other_settings_or_data_is_refused(killed, tmp_path, run_here):
     folder = Path(shutil.copytree(killed, tmp_path / "copy"))
     error = refused(run_here("conure_tp_t1.py", *flags(folder, 1), *SMALL, "--epochs", "2", "--seed", "3"))
     assert "tp_t1.snapshot.pt was made with seed 10 (now 3), epochs 300 (now 2)" in error
@@ -112,7 +112,7 @@ def test_a_snapshot_of_other_settings_or_data_is_refused_by_name(killed, tmp_pat
 @pytest.mark.parametrize(
     "cpu, auto", [({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16"), ({}, "float32")]
 )
-def test_what_auto_means_for_the_precision_is_recorded_and_another_is_refused(
+def test_the_precision_that_auto_chose_is_recorded_and_another_one_is_refused(
     demo, tmp_path, run_here, monkeypatch, cpu, auto
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
@@ -126,7 +126,7 @@ def test_what_auto_means_for_the_precision_is_recorded_and_another_is_refused(
     assert "is finished" in run_here(*command)[1], "auto takes what is there, on other hardware too"
 
 
-def test_a_killed_overwriting_goes_on_when_it_is_started_again(killed, tmp_path, run_here):
+def test_a_killed_run_with_overwrite_resumes(killed, tmp_path, run_here):
     folder = Path(shutil.copytree(killed / "Data", tmp_path / "Data")).parent
     assert run_here("conure_tp_t1.py", *flags(folder, 1), *SMALL, "--epochs", "1")[0] == 0
     first = (folder / "checkpoints" / "tp_t1.pt").read_bytes()
@@ -137,8 +137,8 @@ def test_a_killed_overwriting_goes_on_when_it_is_started_again(killed, tmp_path,
     assert code == 0 and "resuming from" in output and "epoch=40 " in output
 
 
-def test_a_run_resumed_on_another_device_goes_on_with_that_ones_numbers(killed, tmp_path, run_here, monkeypatch):
-    """The device that the snapshot records is replaced, as if it had been made on a GPU. Its precision stays."""
+def test_a_run_may_resume_on_another_device(killed, tmp_path, run_here, monkeypatch):
+    """The snapshot is edited as if it had been made on a GPU. Its precision is kept."""
     folder = Path(shutil.copytree(killed, tmp_path / "copy"))
     path = str(folder / "checkpoints" / "tp_t1.snapshot.pt")
     content, _ = checkpoint.load_file(path, "")
@@ -152,8 +152,8 @@ def test_a_run_resumed_on_another_device_goes_on_with_that_ones_numbers(killed, 
     assert f"; {before}\nversions" in output
 
 
-def test_a_run_resumed_within_an_epoch_has_the_bits_of_an_untouched_one(demo, tmp_path, run_here, monkeypatch):
-    """With dropout, sampled negatives, a decaying learning rate and averaging, interrupted at every third step."""
+def test_a_run_resumed_within_an_epoch_is_bit_identical(demo, tmp_path, run_here, monkeypatch):
+    """With dropout, sampled negatives, learning-rate decay and weight averaging, interrupted at every third step."""
     settings = ["--epochs", "2", "--batch_size", "100", "--average_last", "0.7", "--snapshot_minutes", "1e-9"]
     settings += SMALL[:4]
     folders = tmp_path / "a", tmp_path / "b"
@@ -174,8 +174,8 @@ def test_a_run_resumed_within_an_epoch_has_the_bits_of_an_untouched_one(demo, tm
     assert untouched["tasks"][1]["results"] == resumed["tasks"][1]["results"]
 
 
-def test_a_folder_is_free_as_soon_as_a_run_in_it_is_over(chain_copy, run_here, monkeypatch):
-    """Saved, failed or refused, even while something still refers to what the run has opened."""
+def test_a_run_releases_the_lock_of_its_folder(chain_copy, run_here, monkeypatch):
+    """After a saved, failed or refused run, even while an object still refers to its files."""
     alive, begin = [], StageFiles.__init__
     monkeypatch.setattr(StageFiles, "__init__", lambda files, *given: [alive.append(files), begin(files, *given)][1])
     for arguments, expected in (["--epochs", "1", "--overwrite"], 0), (["--epochs", "1"], 0), ([], 2), (DIVERGING, 2):
@@ -185,7 +185,7 @@ def test_a_folder_is_free_as_soon_as_a_run_in_it_is_over(chain_copy, run_here, m
     assert len(alive) == 4
 
 
-def test_the_index_changes_only_together_with_the_checkpoint_that_has_its_ids(chain_copy, run_here):
+def test_the_index_changes_only_with_its_checkpoint(chain_copy, run_here):
     index, data = chain_copy / "Data" / "index.csv", chain_copy / "Data" / FILES[1]
     before = index.read_bytes()
     data.write_text("".join(reversed(data.read_text().splitlines(keepends=True))))
@@ -210,7 +210,7 @@ def test_a_damaged_snapshot_is_refused(killed, tmp_path, run_here):
     assert "tp_t1.snapshot.pt is damaged or cut short" in error and "--overwrite starts the stage over" in error
 
 
-def test_two_runs_in_one_folder_do_not_meet(killed, tmp_path, run_here):
+def test_two_runs_never_write_to_one_folder(killed, tmp_path, run_here):
     folder = Path(shutil.copytree(killed / "Data", tmp_path / "Data")).parent
     command = [sys.executable, str(ROOT / "conure_tp_t1.py"), *flags(folder, 1), *SMALL, "--epochs", "100000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -228,14 +228,14 @@ def test_a_loss_that_is_not_finite_stops_the_stage(chain_copy, run_here):
     assert files_in(chain_copy / "checkpoints", "*.pt") == before
 
 
-def test_a_model_that_diverges_in_its_last_step_is_not_kept(demo, tmp_path, run_here):
-    """Its loss was finite, as it was computed before the step."""
+def test_a_model_that_diverges_in_its_last_step_is_not_saved(demo, tmp_path, run_here):
+    """The loss is finite, because it is computed before the step."""
     one_step = ["--epochs", "1", "--batch_size", "5000", "--learning_rate", "1e30", "--channels", "8"]
     code, _, error = run_here("conure_tp_t1.py", *flags(demo, 1), *one_step, "--checkpoint_dir", str(tmp_path))
     assert code == 2 and "not finite" in error and not list(tmp_path.glob("*.pt"))
 
 
-def test_a_checkpoint_carries_where_it_comes_from(chain):
+def test_a_checkpoint_records_its_lineage(chain):
     folder = chain[0] / "checkpoints"
     content, digest = checkpoint.load(str(folder / "ret_t2.pt"))
     assert list(content["lineage"]) == ["tp_t1.pt", "ret_t1.pt", "tp_t2.pt"]

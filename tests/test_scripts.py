@@ -17,7 +17,7 @@ from conftest import FILES, PROGRAMS, ROOT, STAGES, flags, run_python
 
 
 def refused(result: tuple[int, str, str]) -> str:
-    """The one line that a script prints when it refuses its input."""
+    """The one-line error of a script that refuses its input."""
     code, _, error = result
     assert code == 2
     assert re.fullmatch(r"error: [^\n]+\n", error), error
@@ -25,7 +25,7 @@ def refused(result: tuple[int, str, str]) -> str:
 
 
 @pytest.mark.parametrize("task, mode", STAGES)
-def test_help_shows_what_is_learned_then_what_all_scripts_share_each_with_its_comment(run_here, task, mode):
+def test_help_shows_every_field_with_its_comment(run_here, task, mode):
     script = f"conure_{mode}_t{task}.py"
     block = (ROOT / script).read_text().split("class Hyperparameters(Running):")[1].split("\n\n")[0]
     fields = dict(re.findall(r"^    (\w+): .* = .*?  # (.*)$", block, re.MULTILINE))
@@ -56,7 +56,7 @@ def test_help_shows_what_is_learned_then_what_all_scripts_share_each_with_its_co
         (["--data_path", "."], "Is a directory"),
     ],
 )
-def test_nonsense_is_refused_in_one_line(run_here, demo, arguments, complaint):
+def test_invalid_flags_are_refused_in_one_line(run_here, demo, arguments, complaint):
     assert complaint in refused(run_here("conure_tp_t1.py", *flags(demo, 1), *arguments))
 
 
@@ -64,26 +64,26 @@ def test_nonsense_is_refused_in_one_line(run_here, demo, arguments, complaint):
     "edited",
     ["epochs: Count = '4'", "epochs: Count = 1.5", "dilations: Dilations = (4)", "decay: bool = 'no'"],
 )
-def test_a_value_that_makes_no_sense_at_the_top_of_a_script_is_refused(run_here, tmp_path, edited):
+def test_an_invalid_value_at_the_top_of_a_script_is_refused(run_here, tmp_path, edited):
     script = (ROOT / "conure_tp_t1.py").read_text()
     name = edited.split(":")[0]
     (tmp_path / "edited.py").write_text(re.sub(rf"    {name}: .*  #", f"    {edited}  #", script))
     assert f"error: {name} = " in refused(run_here(str(tmp_path / "edited.py")))
 
 
-def test_data_makers_leave_no_files_of_other_data_beside_theirs(run_here, tmp_path):
+def test_data_makers_refuse_a_folder_with_other_task_files(run_here, tmp_path):
     (tmp_path / "original_desen_job.csv").write_text("1,2,,3\n")
     error = refused(run_here("Data.make_demo", "--output_dir", str(tmp_path), "--users", "5", "--overwrite"))
     assert "original_desen_job.csv is of other data" in error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_missing_gpu_is_said(run_here, demo):
+def test_a_missing_gpu_is_refused(run_here, demo):
     assert "--device auto or cpu" in refused(run_here("conure_tp_t1.py", *flags(demo, 1), "--device", "cuda"))
 
 
-def test_compiled_training_is_that_of_the_plain_code(run_here, demo, tmp_path):
-    """And where there is no compiler, one line says so."""
+def test_compiled_training_equals_uncompiled(run_here, demo, tmp_path):
+    """Weights agree after an epoch without dropout, in float32."""
     small = ["--channels", "8", "--dilations", "1", "--epochs", "1", "--learning_rate", "1e-4", "--dropout", "0"]
     small += ["--precision", "float32"]
     scores = []
@@ -96,7 +96,7 @@ def test_compiled_training_is_that_of_the_plain_code(run_here, demo, tmp_path):
     torch.testing.assert_close(*scores, rtol=0, atol=1e-4)
 
 
-def test_without_a_compiler_training_goes_on_plainly(demo, tmp_path):
+def test_without_a_compiler_training_runs_uncompiled(demo, tmp_path):
     where = [*flags(demo, 1), "--checkpoint_dir", str(tmp_path)]
     small = ["--channels", "8", "--dilations", "1", "--epochs", "1", "--compile"]
     nowhere = {"PATH": str(tmp_path), "CXX": "nowhere", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
@@ -129,11 +129,11 @@ def test_other_data_another_vocabulary_or_a_damaged_checkpoint_is_refused(run_he
     assert "tp_t2.pt is damaged or cut short" in error and "conure_tp_t2.py" in error
 
 
-def test_ret_takes_the_split_of_tp(run_here, chain_copy):
+def test_ret_needs_the_split_of_tp(run_here, chain_copy):
     small = [*flags(chain_copy, 2), "--epochs", "1", "--overwrite"]
     split = ["--split_seed", "3", "--split_by", "user"]
     code, output, _ = run_here("conure_tp_t2.py", *small, *split)
-    assert code == 0 and output.count("--split_seed 3 --split_by user") == 1  # of what to run next
+    assert code == 0 and output.count("--split_seed 3 --split_by user") == 1  # in the `next:` line
     error = refused(run_here("conure_ret_t2.py", *small))
     assert "another split (--test_fraction 0.2 --split_seed 3 --split_by user) than now" in error
     assert run_here("conure_ret_t2.py", *small, *split)[0] == 0
@@ -144,7 +144,7 @@ def test_ret_takes_the_split_of_tp(run_here, chain_copy):
 
 
 def test_ctrl_c_ends_training_as_if_it_had_converged(demo, tmp_path):
-    """The best state is kept and pruned, and the next stage starts from it."""
+    """The best state is kept and pruned, and the next stage can start."""
     arguments = [*flags(demo, 1), "--index_path", str(tmp_path / "index.csv"), "--checkpoint_dir", str(tmp_path)]
     endless = ["--channels", "8", "--dilations", "1", "--epochs", "100000"]
     for mode, shape in (("tp", endless), ("ret", endless[-2:])):
@@ -164,12 +164,12 @@ def test_ctrl_c_ends_training_as_if_it_had_converged(demo, tmp_path):
     assert torch.load(tmp_path / "ret_t1.pt", weights_only=True)["tasks"][1]["state"] == "ret"
 
 
-def test_ctrl_c_before_training_says_that_no_checkpoint_was_written(tmp_path):
+def test_ctrl_c_before_training_writes_no_checkpoint(tmp_path):
     os.mkfifo(tmp_path / "data.csv")
     command = [sys.executable, str(ROOT / "conure_tp_t1.py"), "--data_path", str(tmp_path / "data.csv")]
     command += ["--checkpoint_dir", str(tmp_path / "checkpoints")]
     started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    with started as process, open(tmp_path / "data.csv", "w"):  # which waits until the script reads its data
+    with started as process, open(tmp_path / "data.csv", "w"):  # a FIFO: open waits until the script reads it
         process.send_signal(signal.SIGINT)
         error = process.stderr.read()
     assert process.returncode == 130
@@ -204,8 +204,8 @@ def test_ctrl_c_while_torch_loads_ends_a_script_in_one_line(script):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ninterrupted\n")
 
 
-def test_what_torch_reads_when_it_loads_is_set_before():
-    """Whatever is run or imported first; each module in a Python that has loaded none of ours, nor torch."""
+def test_environment_variables_are_set_before_torch_is_imported():
+    """Whichever module is imported first, in a process that has imported neither ours nor torch."""
     run = """
 import importlib
 ours = {"conure", "pruning", "nextitnet", "data_loader"}
@@ -222,14 +222,14 @@ for name in sys.argv[1:]:
 
 
 @pytest.mark.parametrize("script", ["conure_tp_t1.py", "evaluate.py"])
-def test_windows_is_told_where_this_runs(script):
+def test_windows_is_refused_with_the_supported_systems(script):
     code = "import runpy, sys; sys.platform = 'win32'; runpy.run_path(sys.argv[1], run_name='__main__')"
     done = run_code(code, str(ROOT / script))
     assert "runs on Linux and macOS" in refused((done.returncode, done.stdout, done.stderr))
 
 
-def test_a_terminal_that_knows_only_ascii_gets_all_the_same(tmp_path):
-    """The help and the table of a data maker, both of which hold an ellipsis."""
+def test_output_works_on_an_ascii_terminal(tmp_path):
+    """The help and the table of Data.from_interactions, both with an ellipsis."""
     rows = "".join(f"{user},{item},{item}\n" for user in range(3) for item in range(1, 10))
     (tmp_path / "rows.csv").write_text("user_id,item_id,timestamp\n" + rows)
     code = "import runpy; runpy.run_module('Data.from_interactions', run_name='__main__', alter_sys=True)"
@@ -241,18 +241,18 @@ def test_a_terminal_that_knows_only_ascii_gets_all_the_same(tmp_path):
 
 @dataclasses.dataclass
 class Sized:
-    batch_size: int = 32  # a field of which less needs less memory
-    prune_ratio: float = 0.5  # another
+    batch_size: int = 32  # less of it takes less memory
+    prune_ratio: float = 0.5  # has nothing to do with memory
 
 
 @dataclasses.dataclass
 class Named:
-    name: str = ""  # none that says how much
+    name: str = ""  # no field that changes the use of memory
 
 
 @pytest.fixture
 def ended(monkeypatch, capsys):
-    """How a script with such a block ends if its main raises so: exit code, what it printed, and its errors."""
+    """Runs a script with this settings block, whose main raises the error; returns exit code, stdout and stderr."""
 
     def end(block: type, error: Exception | Callable) -> tuple[int, str, str]:
         def main(_: object) -> None:
@@ -277,7 +277,7 @@ def ended(monkeypatch, capsys):
         RuntimeError("CUDA error: out of memory"),
     ],
 )
-def test_too_little_memory_is_one_line_that_advises_only_what_the_script_has(ended, error):
+def test_out_of_memory_is_one_line_that_names_only_flags_of_the_script(ended, error):
     assert re.fullmatch(r"error: .*(memory|allocate).*: lower --batch_size\n", refused(ended(Sized, error)))
     assert "--" not in refused(ended(Named, error))
 
@@ -285,12 +285,12 @@ def test_too_little_memory_is_one_line_that_advises_only_what_the_script_has(end
 @pytest.mark.parametrize(
     "text", ["CUDA error: an illegal memory access was encountered", "view is not compatible with the memory layout"]
 )
-def test_an_error_that_only_speaks_of_memory_keeps_its_traceback(ended, text):
+def test_another_error_that_mentions_memory_keeps_its_traceback(ended, text):
     with pytest.raises(RuntimeError, match=text):
         ended(Sized, RuntimeError(text))
 
 
-def test_ctrl_c_after_training_does_not_interrupt_what_is_left(demo, tmp_path):
+def test_ctrl_c_after_training_does_not_interrupt_saving(demo, tmp_path):
     command = [sys.executable, str(ROOT / "conure_tp_t1.py"), *flags(demo, 1), "--channels", "8", "--dilations", "1"]
     command += ["--epochs", "1", "--index_path", str(tmp_path / "index.csv"), "--checkpoint_dir", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -302,7 +302,7 @@ def test_ctrl_c_after_training_does_not_interrupt_what_is_left(demo, tmp_path):
 
 @pytest.mark.parametrize("task, mode", STAGES)
 def test_each_script_trains_its_own_loss(run_here, monkeypatch, chain_copy, task, mode):
-    """With the hyperparameters that are given, and of the kind that the task calls for."""
+    """Of the type that the task needs, and with the given hyperparameters."""
     from conure import losses, training
 
     folder, seen = chain_copy, []

@@ -1,4 +1,4 @@
-"""Export, represent and recommend: one task, served from a file of its own, is the task as it was learned."""
+"""Export, represent and recommend: a served task is bit-identical to the task in the checkpoint."""
 
 import shutil
 import subprocess
@@ -25,7 +25,7 @@ from tools.serving import format
 
 @pytest.fixture
 def tool(run_here):
-    """Runs a tool, which must succeed, and returns what it printed."""
+    """Runs a tool, which must succeed, and returns its output."""
 
     def run(name: str, *arguments) -> str:
         code, output, error = run_here(f"tools.{name}", *map(str, arguments))
@@ -37,7 +37,7 @@ def tool(run_here):
 
 @pytest.fixture
 def serving(chain, tool, tmp_path):
-    """Makes the serving file of a task from the checkpoint of a stage."""
+    """Exports a task from the checkpoint of a stage; returns the path of the serving file."""
 
     def make(task: int, source: str = "ret_t4.pt", *more: str) -> Path:
         path = tmp_path / f"{source}_{task}{''.join(more)}"
@@ -59,7 +59,7 @@ def inputs_of(chain, task) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("task", [1, 2, 4])
-def test_representations_are_the_models_bit_by_bit_whatever_it_has_learned_since(chain, serving, tool, tmp_path, task):
+def test_representations_are_bit_identical_after_later_tasks(chain, serving, tool, tmp_path, task):
     served, output, data = serving(task), tmp_path / "users.npy", chain[0] / "Data" / FILES[task]
     assert served.read_bytes() == serving(task, f"ret_t{task}.pt").read_bytes()
     tool("represent", "--task", task, "--serving", served, "--data_path", data, "--output", output)
@@ -100,7 +100,7 @@ def test_weights_in_16_bits_change_the_representations_little(chain, serving, to
     assert 0 < np.abs(users["bfloat16"] - users["float32"]).max() < 0.2 * spread
 
 
-def test_tables_hold_what_npy_holds_beside_the_users(chain, serving, tool, tmp_path):
+def test_csv_and_parquet_hold_users_and_the_values_of_npy(chain, serving, tool, tmp_path):
     pytest.importorskip("pyarrow")
     served, data = serving(3), chain[0] / "Data" / FILES[3]
     count = len(data.read_text().splitlines())
@@ -113,8 +113,8 @@ def test_tables_hold_what_npy_holds_beside_the_users(chain, serving, tool, tmp_p
         assert np.array_equal(table.iloc[:, 1:].to_numpy(np.float32), np.load(tmp_path / "u.npy"))
 
 
-def test_rows_of_any_form_are_read_as_training_reads_them(chain, serving, tool, tmp_path, monkeypatch):
-    """Shorter ones are padded on the left, longer ones lose their oldest items, what follows `,,` is not looked at."""
+def test_rows_of_any_form_are_read_as_in_training(chain, serving, tool, tmp_path, monkeypatch):
+    """Shorter rows are padded on the left, longer ones lose their oldest items, and targets after `,,` are ignored."""
     served = serving(2)
     row = (chain[0] / "Data" / FILES[1]).read_text().splitlines()[0]
     short = "1,2,3"
@@ -122,7 +122,7 @@ def test_rows_of_any_form_are_read_as_training_reads_them(chain, serving, tool, 
         "sequences": [row, short, "never seen,2,3", f"9,9,{row}"],
         "examples": [f"{row},,clicks0_1", f"{','.join(['0'] * 17)},{short},,x,y", "not seen,2,3,,7", f"8,{row},,1"],
     }
-    monkeypatch.setattr(line_reader, "CHUNK_BYTES", 16)  # so that every row comes in a chunk of its own
+    monkeypatch.setattr(line_reader, "CHUNK_BYTES", 16)  # so that each row is a chunk
     users = []
     for name, lines in forms.items():
         (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
@@ -138,7 +138,7 @@ def test_memory_does_not_grow_with_the_rows(chain, serving, tool, tmp_path, monk
     served, lines = serving(2), (chain[0] / "Data" / FILES[1]).read_text()
     monkeypatch.setattr(line_reader, "CHUNK_BYTES", 1 << 16)
     peaks = []
-    for copies in (1, 2, 20):  # the first loads what is loaded once
+    for copies in (1, 2, 20):  # the first run also counts what is loaded once per process
         (tmp_path / "rows").write_text(lines * copies)
         arguments = ("--task", 2, "--serving", served, "--data_path", tmp_path / "rows")
         tracemalloc.start()
@@ -150,7 +150,7 @@ def test_memory_does_not_grow_with_the_rows(chain, serving, tool, tmp_path, monk
 
 
 @pytest.mark.parametrize("task, k", [(1, 7), (2, 10), (4, 10)])
-def test_recommendations_are_the_best_scores_in_the_users_own_tokens(chain, serving, tool, task, k):
+def test_recommendations_are_the_top_k_scores_as_tokens(chain, serving, tool, task, k):
     data = chain[0] / "Data" / FILES[task]
     output = tool("recommend", "--task", task, "--serving", serving(task), "--data_path", data, "--top_k", k)
     table = pd.read_csv(pd.io.common.StringIO(output), dtype={"target": str})
@@ -170,7 +170,7 @@ def test_recommendations_are_the_best_scores_in_the_users_own_tokens(chain, serv
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_task_1_is_served_with_the_table_that_its_head_has(chain, tied):
+def test_task_1_is_served_with_its_tied_or_untied_head(chain, tied):
     content = checkpoint.load(str(chain[0] / "checkpoints" / "ret_t4.pt"))[0]
     weight = content["model"]["heads.1.weight"]
     content["architecture"]["tied"] = tied
@@ -197,7 +197,7 @@ def test_whole_histories_are_served_with_their_users(serving, tool, run_here, tm
     assert users == ["u1", "u1", "u2", "u2", "u3", "u3"]
 
 
-def test_what_a_row_holds_is_left_out_if_asked(chain, serving, tool):
+def test_exclude_seen_leaves_out_items_of_the_row(chain, serving, tool):
     data = chain[0] / "Data" / FILES[1]
     rows = [set(line.split(",")) for line in data.read_text().splitlines()]
     arguments = ("--task", 1, "--serving", serving(1), "--data_path", data, "--top_k", 5)
@@ -245,14 +245,14 @@ def test_a_program_counts_positions_as_the_model_does(task):
     model = NextItNet(30, 8, [1, 2], 3, positions=6).eval()
     model.add_head(2, 9)
     torch.nn.init.normal_(model.position.weight)
-    ids, stage = torch.randint(1, 30, (5, 7)), Stage(task, "inference")  # longer than the positions by one or two
+    ids, stage = torch.randint(1, 30, (5, 7)), Stage(task, "inference")  # more items than positions, by one or two
     users, scores = program_of(model, task, 7).module()(ids)
     whole = torch.nn.functional.pad(ids, (0, 1)) if task > 1 else ids
     torch.testing.assert_close(users, model.user_representation(whole, stage), rtol=0, atol=1e-5)
     torch.testing.assert_close(scores[:, 1:], model.scores(whole, stage)[:, 1:], rtol=0, atol=1e-5)
 
 
-def test_what_cannot_be_served_is_refused_in_one_line(chain, serving, run_here, tmp_path):
+def test_serving_refuses_unusable_input_in_one_line(chain, serving, run_here, tmp_path):
     served, data = str(serving(2)), str(chain[0] / "Data" / FILES[2])
     source = ["--serving", served, "--data_path", data]
     represent = ["tools.represent", *source, "--output", str(tmp_path / "u.npy")]
@@ -292,15 +292,15 @@ def test_what_cannot_be_served_is_refused_in_one_line(chain, serving, run_here, 
     assert "--dtype int8 makes no sense" in refused(run_here("tools.export", "--task", "1", "--dtype", "int8"))
 
 
-def test_what_no_tool_wrote_is_replaced_only_if_asked(chain_copy, serving, run_here, tmp_path):
-    """A checkpoint is named where a serving file, or an output, is wanted: no message proposes to write there."""
+def test_other_files_are_replaced_only_with_overwrite(chain_copy, serving, run_here, tmp_path):
+    """Where a checkpoint is given as serving file or output, no message proposes to overwrite it."""
     folder = chain_copy / "checkpoints"
     newest, data = folder / "ret_t4.pt", chain_copy / "Data" / FILES[2]
     before = newest.read_bytes()
     error = refused(run_here("tools.represent", "--task", "2", "--serving", str(newest), "--data_path", str(data)))
     assert "no serving file: name one with --serving" in error and "--output" not in error
     export = ["tools.export", "--task", "2", "--checkpoint_dir", str(folder)]
-    for name in ("tp_t4.pt", "ret_t6.pt", "tp_t5.snapshot.pt", "index.csv"):  # some exist, others would be believed
+    for name in ("tp_t4.pt", "ret_t6.pt", "tp_t5.snapshot.pt", "index.csv"):  # whether they exist or not
         error = refused(run_here(*export, "--output", str(folder / name), "--overwrite"))
         assert f"{folder / name} is the name of a" in error and error.endswith("give another name\n")
     own = ["--checkpoint", str(shutil.copy(newest, tmp_path / "own.pt2")), "--overwrite"]

@@ -1,4 +1,4 @@
-"""Settings: which values a field may have, where they come from, and how the help shows them."""
+"""Settings blocks: ranges, help, and the settings that tools read from the scripts."""
 
 import importlib
 import re
@@ -49,7 +49,7 @@ INF, NAN = float("inf"), float("nan")
         (settings.Device, ["auto", "cpu", "cuda"], ["tpu", ""], "auto, cpu or cuda"),
     ],
 )
-def test_a_range_holds_its_ends_or_not_as_its_words_say(of_type, allowed, refused, words):
+def test_ranges_match_their_wording(of_type, allowed, refused, words):
     limits = settings.kind_and_limits(of_type)[1]
     assert str(limits) == words
     assert all(map(limits.allows, allowed)) and not any(map(limits.allows, refused))
@@ -57,7 +57,7 @@ def test_a_range_holds_its_ends_or_not_as_its_words_say(of_type, allowed, refuse
 
 @pytest.fixture
 def copied(monkeypatch, tmp_path):
-    """The scripts in a folder of their own, from where the tools take their settings; returns what edits one."""
+    """Copies the scripts to a folder from which the tools read settings; returns a function that edits a field."""
     for name in SCRIPTS:
         shutil.copy(ROOT / name, tmp_path)
     monkeypatch.setattr(settings, "ROOT", tmp_path)
@@ -96,7 +96,7 @@ def test_a_tool_trains_with_the_settings_at_the_top_of_the_scripts(copied):
         ("dropout", "'half'", "dropout = 'half' at the top of conure_tp_t1.py is not of the form NUMBER"),
     ],
 )
-def test_what_a_tool_reads_in_a_script_is_checked(copied, field, value, complaint):
+def test_settings_that_a_tool_reads_from_a_script_are_checked(copied, field, value, complaint):
     copied("conure_tp_t1.py", field, value)
     with pytest.raises(InputError, match=re.escape(complaint)):
         study.Study(study.Settings(), seed=1).settings(1, "tp")

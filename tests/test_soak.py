@@ -1,4 +1,4 @@
-"""The soak's promises in a short form; tests/soak.py runs the long one."""
+"""A short form of the soak test, tests/soak.py."""
 
 import pytest
 import soak

@@ -1,4 +1,4 @@
-"""The tools: the comparisons and the capacity of a model, on the demo data with tiny models."""
+"""tools.baselines and tools.capacity, on the demo data with tiny models."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ SMALL += ["--first_ret_epochs", "3", "--ret_epochs", "2", "--class_ret_epochs", 
 
 @pytest.fixture(scope="module")
 def compared(demo, tmp_path_factory) -> tuple[list[str], pd.DataFrame, str]:
-    """The flags of a finished comparison, its rows, and what it printed."""
+    """The flags of a finished comparison, its rows and its output."""
     folder = tmp_path_factory.mktemp("baselines")
     flags = ["--data_dir", str(demo / "Data"), "--output_dir", str(folder), "--seeds", "2", *SMALL]
     printed = run_python("-m", "tools.baselines", *flags)
@@ -46,7 +46,7 @@ def test_every_method_is_compared_on_every_task(compared):
         assert f"| {method} | " in printed
 
 
-def test_only_what_protects_its_weights_remembers(compared):
+def test_conure_forgets_nothing_and_fine_tuning_forgets(compared):
     _, _, printed = compared
     rows = [line.strip("| ").split(" | ") for line in printed.split("After learning further tasks:")[1].splitlines()]
     kept = {(row[0], row[1]): len(set(filter(None, map(str.strip, row[2:])))) == 1 for row in rows if len(row) > 2}
@@ -56,12 +56,12 @@ def test_only_what_protects_its_weights_remembers(compared):
 
 
 def load(flags: list[str], *place: str) -> dict:
-    """The checkpoint at a place in the folder of seed 10."""
+    """The content of a checkpoint, by its path in the folder of seed 10."""
     return checkpoint.load(str(Path(flags[3], "seed_10", *place)))[0]
 
 
 @pytest.mark.parametrize("method", ["FineAll", "SASRec", "random_backbone", "FineHead", "PeterRec", "SinMoAll", "LwF"])
-def test_the_start_of_a_head_that_is_better_on_validation_counts(compared, method):
+def test_the_better_initial_head_by_validation_counts(compared, method):
     flags, table, _ = compared
     chosen = table[(table["seed"] == 10) & (table["method"] == method)].set_index("task")
     one_model, before = method in baselines.FORGETTING, None
@@ -81,7 +81,7 @@ def test_the_start_of_a_head_that_is_better_on_validation_counts(compared, metho
         before = one_model and records[better]["fingerprint"]
 
 
-def test_joint_training_takes_over_how_task_1_learns(compared):
+def test_joint_training_uses_the_optimiser_settings_of_task_1(compared):
     flags, _, _ = compared
     first = load(flags, "SinMo", "tp_t1.pt")["tasks"][1]["hyperparameters"]["tp"]
     for task in (2, 3, 4):
@@ -105,7 +105,7 @@ def test_a_random_backbone_is_never_trained(compared):
         assert not torch.equal(content["model"]["heads.1.weight"], untouched["heads.1.weight"])
 
 
-def test_a_benchmark_adds_rows_to_its_own_tables_alone(tmp_path, run_here):
+def test_a_benchmark_adds_rows_only_to_tables_of_benchmarks(tmp_path, run_here):
     own, other = tmp_path / "own.csv", tmp_path / "task.csv"
     other.write_text("1,2,3,,4\n")
     measure = ["benchmarks.evaluate", "--rows", "10", "--items", "9", "--channels", "8", "--dilations", "1", "--output"]
@@ -113,7 +113,7 @@ def test_a_benchmark_adds_rows_to_its_own_tables_alone(tmp_path, run_here):
     assert len(pd.read_csv(own)) == 2 and other.read_text() == "1,2,3,,4\n"
 
 
-def test_what_it_takes_to_serve_all_tasks(compared):
+def test_bytes_to_serve_and_trained_parameters(compared):
     _, table, _ = compared
     taken = table[table["seed"] == 10].groupby("method")["bytes_all_tasks"].max()
     trained = table[(table["seed"] == 10) & (table["task"] == 4)].set_index("method")["trained"]
@@ -128,7 +128,7 @@ def test_what_it_takes_to_serve_all_tasks(compared):
     assert trained["random_head"] == trained["Conure"] - 3 and trained["frozen_head"] == trained["Conure"]
 
 
-def test_a_second_run_trains_nothing_and_finds_the_same(compared, run_here):
+def test_a_second_run_trains_nothing_and_prints_the_same(compared, run_here):
     flags, _, printed = compared
     folder = Path(flags[3])
     assert "baselines.csv exists: --overwrite replaces it" in refused(run_here("tools.baselines", *flags))
@@ -173,11 +173,11 @@ def test_data_too_large_for_counting_is_left_out(demo, tmp_path, run_here, monke
 
 @pytest.fixture
 def endless(demo, tmp_path) -> Iterator[subprocess.Popen]:
-    """A comparison that would go on for ever, once two seeds are being learned at a time."""
+    """A comparison that never ends, as soon as it trains two seeds in parallel."""
     flags = ["--data_dir", str(demo / "Data"), "--output_dir", str(tmp_path), "--only", "SinMo", *SMALL]
     command = [sys.executable, "-m", "tools.baselines", *flags, "--first_epochs", "100000"]
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    # As in a terminal, where it is not ignored; a shell's background jobs, these tests among them, ignore it.
+    # A shell's background jobs, these tests among them, ignore SIGINT; in a terminal it is not ignored.
     heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     process = subprocess.Popen(command, cwd=ROOT, preexec_fn=heeded, env=environment, **streams)
@@ -189,7 +189,7 @@ def endless(demo, tmp_path) -> Iterator[subprocess.Popen]:
 
 
 def workers(process: subprocess.Popen) -> list[int]:
-    """The processes that learn a seed each."""
+    """The ids of the worker processes, one per seed."""
     listed = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True)
     return [int(number) for number in listed.stdout.split()]
 

@@ -9,8 +9,8 @@ Recommendations for tomorrow need rows that hold the whole history. Task files e
 `--history 0.8`, they stop at 80 % of each user's history, as the rest is what later tasks predict. So make a file of
 whole histories for serving: give Data.from_interactions the flags that made the training data, but no --task, with
 `--history 1 --min_rows 1` and a folder of its own:
-    python -m Data.from_interactions --interactions TABLE … --history 1 --min_rows 1 --output_dir whole
-    python -m tools.recommend --task 2 --data_path whole/original_desen_pretrain.csv --ids whole/users.csv
+    python -m Data.from_interactions --interactions TABLE … --history 1 --min_rows 1 --output_dir today
+    python -m tools.recommend --task 2 --data_path today/original_desen_pretrain.csv --ids today/users.csv
 """
 
 import contextlib
