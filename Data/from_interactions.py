@@ -341,10 +341,11 @@ def main(hp: Hyperparameters) -> None:
     files += [file_of_task(hp, task, table, histories) for task in tasks]
     write_files(hp.output_dir, written(files, histories))
     print_files(files, histories.lengths)
-    print_next_steps(hp.output_dir, names, {task.name for task in tasks if task.source.startswith("users.")})
     if hp.history == 1 and not tasks:
         sequences, users = (shlex.quote(str(Path(hp.output_dir) / path)) for path in paths)
-        print(f"to serve whole histories: python -m tools.recommend --data_path {sequences} --ids {users}")
+        print(f"next, to serve these histories: python -m tools.recommend --data_path {sequences} --ids {users}")
+    else:
+        print_next_steps(hp.output_dir, names, {task.name for task in tasks if task.source.startswith("users.")})
 
 
 if __name__ == "__main__":
