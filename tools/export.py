@@ -35,7 +35,7 @@ class Hyperparameters:
     checkpoint_dir: str = "checkpoints"  # folder of the chain's checkpoints
     checkpoint: str = ""  # checkpoint file to export from; empty: the newest in checkpoint_dir
     output: str = ""  # serving file to write; empty: serving_tK.pt in checkpoint_dir, for task K
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the stored weights; 16 bits halve the file
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # dtype of stored weights; 16 bits halve the file
     program: str = ""  # .pt2 file for the torch.export program; empty: none
     overwrite: bool = False  # replace existing files; a serving file of the same task is replaced without it
 

@@ -33,7 +33,7 @@ from tools.serving.served import Served, Source
 @dataclass
 class Hyperparameters(Source):
     top_k: Count = 10  # recommendations per row
-    exclude_seen: Literal["auto", "yes", "no"] = "auto"  # no items of the row; auto: if the task has leave_out known
+    exclude_seen: Literal["auto", "yes", "no"] = "auto"  # leave out the row's items; auto: if the ranks did (known)
     output: str = ""  # .csv file to write; empty: the terminal
 
 
