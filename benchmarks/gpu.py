@@ -36,7 +36,7 @@ class Hyperparameters:
     channels: Width = 256  # width of the embedding and of every layer
     dilations: Dilations = (1, 4, 1, 4, 1, 4, 1, 4)  # one residual block each
     kernel_size: KernelSize = 3  # taps of every convolution
-    negative_fraction: UpTo1 = 0.2  # share of the items drawn as negatives at each step
+    negative_fraction: UpTo1 = 0.2  # share of the items sampled as negatives in a step
     dropout: Below1 = 0.3  # dropout probability of the step with dropout; elsewhere 0
     precision: Literal["float32", "bfloat16"] = "bfloat16"  # of matrix products
     steps: Count = 200  # timed steps

@@ -29,7 +29,7 @@ class Hyperparameters:
     batch_size: Count = 32  # sequences of 50 random items a step; a real batch touches fewer rows of the embedding
     channels: Width = 256  # width of the embedding and of every layer
     dilations: Dilations = (1, 4, 1, 4, 1, 4, 1, 4)  # one residual block each
-    negative_fraction: UpTo1 = 0.2  # share of the items drawn as negatives at each step; 1: full softmax
+    negative_fraction: UpTo1 = 0.2  # share of the items sampled as negatives in a step; 1: full softmax
     processes: Annotated[int, Range(2)] = 2  # number of processes that share a batch
     steps: Count = 9  # timed steps of each kind; the median is reported
     output: str = ""  # .csv file to add a row to; empty: none

@@ -38,10 +38,10 @@ class Hyperparameters:
     channels: Width = 256  # width of the embedding and of every layer
     dilations: Dilations = (1, 4, 1, 4, 1, 4, 1, 4)  # one residual block each
     kernel_size: KernelSize = 3  # taps of every convolution
-    negative_fraction: UpTo1 = 0.2  # share of the items drawn as negatives at each step; 1: full softmax
+    negative_fraction: UpTo1 = 0.2  # share of the items sampled as negatives in a step; 1: full softmax
     earlier_items: bool = False  # in task 1: add the items before a position to its negatives
     dropout: Below1 = 0.0  # dropout probability
-    lora_rank: Rank = 0  # rank of the update of the item embedding by each later task; 0: none
+    lora_rank: Rank = 0  # rank of each later task's LoRA update of the item embedding; 0: none
     precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products
     compile: bool = False  # use torch.compile
     steps: Count = 9  # timed steps; the median is reported

@@ -117,15 +117,17 @@ def test_bytes_to_serve_and_trained_parameters(compared):
     _, table, _ = compared
     taken = table[table["seed"] == 10].groupby("method")["bytes_all_tasks"].max()
     trained = table[(table["seed"] == 10) & (table["task"] == 4)].set_index("method")["trained"]
-    weights = 2 * 3 * 8 * 8  # of the only block
+    weights, update = 2 * 3 * 8 * 8, (402 + 8) * 16  # of the only block; of the table of 402 tokens, with rank 16
     assert taken["FineHead"] < taken["PeterRec"] < taken["FineAll"] < taken["SinMo"] + 1
     assert taken["SinMoAll"] < taken["FineAll"] and taken["random_backbone"] < taken["FineAll"]
-    # A byte each for the owner map; FineHead has as many of Conure's biases as helped, random_head none.
-    assert taken["random_head"] <= taken["FineHead"] + weights <= taken["Conure"] == taken["frozen_head"]
-    head = 3 * 8  # of the three classes, <UNK> one of them; a bias each where the head does not start at random
+    # The owner map takes a byte per weight. FineHead keeps a head's bias if it helped, random_head has none.
+    assert taken["random_head"] - 3 * 4 * update <= taken["FineHead"] + weights <= taken["frozen_embedding"]
+    assert taken["frozen_embedding"] + 3 * 4 * update == taken["Conure"] == taken["frozen_head"]
+    head = 3 * 8  # of three classes, <UNK> among them; plus a bias each unless the head starts at random
     assert {trained["FineHead"], trained["PeterRec"] - 2 * (2 * 8 * 2 + 2 + 8)} <= {head, head + 3}
-    assert head + 3 < trained["Conure"] < head + 0.35 * weights < trained["FineAll"], "0.7 ** 3 of the weights are free"
-    assert trained["random_head"] == trained["Conure"] - 3 and trained["frozen_head"] == trained["Conure"]
+    unmoved = trained["frozen_embedding"]
+    assert head + 3 < unmoved < head + 0.35 * weights < trained["FineAll"], "0.7 ** 3 of the weights are free"
+    assert trained["random_head"] + 3 == trained["frozen_head"] == trained["Conure"] == unmoved + update
 
 
 def test_a_second_run_trains_nothing_and_prints_the_same(compared, run_here):
