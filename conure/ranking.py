@@ -148,32 +148,22 @@ class ModelScorer(Scorer):
         return scores
 
 
-class Popularity(Scorer):
-    """The baseline: the most frequent targets of the training part, in task 1 the items at all its positions."""
-
-    def __init__(self, data: TaskData, device: torch.device):
-        train = data.splits["train"]
-        counts = np.bincount(data.targets[train], minlength=len(data.target_vocabulary))
-        if data.target_vocabulary is data.items:
-            counts += np.bincount(data.rows[data.users[train]].ravel(), minlength=len(counts))
-            if data.padding_id >= 0:
-                counts[data.padding_id] = 0
-        self.counts, self.size, self.device = torch.from_numpy(counts).float().to(device), len(counts), device
-        self.length = data.rows.shape[1]
-
-    def last_states(self, rows: np.ndarray) -> Tensor:
-        return self.counts.new_empty(len(rows), 0)
-
-    def states(self, rows: np.ndarray) -> Tensor:
-        return self.counts.new_empty(len(rows), self.length, 0)
-
-    def scores(self, states: Tensor) -> Tensor:
-        return self.counts.repeat(len(states), 1)
-
-
 def at_once(size: int) -> int:
     """How many rows of scores are computed at once."""
     return min(EVALUATION_BATCH, max(1, SCORES_AT_ONCE // size))
+
+
+def positions(data: TaskData, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Task 1: rows (R,) of the examples, the next item at each position (R, T), and where neither is padding (R, T).
+
+    If there are too many positions, only the first rows.
+    """
+    rows = data.users[examples]
+    labels = np.column_stack([data.rows[rows][:, 1:], data.targets[examples]])
+    real = (labels != data.padding_id) & (data.rows[rows] != data.padding_id)
+    enough = np.searchsorted(real.sum(axis=1).cumsum(), max(MAX_POSITIONS, len(examples)), side="right")
+    rows, labels, real = (each[: max(enough, 1)] for each in (rows, labels, real))
+    return rows, labels, real
 
 
 class Ranker:
@@ -226,15 +216,9 @@ class Ranker:
     def rank_positions(self, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Task 1: rows (M,) and ranks (M,) of the next item at all positions of the examples' rows but padding.
 
-        What is left out at a position is limited to the items before it. If there are too many positions, only the
-        first rows are ranked.
+        What is left out at a position is limited to the items before it.
         """
-        rows = self.data.users[examples]
-        labels = np.column_stack([self.data.rows[rows][:, 1:], self.data.targets[examples]])
-        real = (labels != self.data.padding_id) & (self.data.rows[rows] != self.data.padding_id)
-        most = max(MAX_POSITIONS, len(examples))
-        enough = np.searchsorted(real.sum(axis=1).cumsum(), most, side="right")
-        rows, labels, real = (each[: max(enough, 1)] for each in (rows, labels, real))
+        rows, labels, real = positions(self.data, examples)
         first = np.concatenate([[0], real.sum(axis=1).cumsum()])  # of each row's positions among all
         ranks = torch.zeros(first[-1], dtype=torch.int64, device=self.scorer.device)
         for batch, batch_rows, known in self.batches(rows):
@@ -256,6 +240,38 @@ def rank_by(scorer: Scorer, data: TaskData, examples: np.ndarray, protocol: Prot
     ranks, raw, logs = ranker.rank(examples, protocol.metric == "accuracy" and scorer.size <= MAX_CLASSES)
     positions = ranker.rank_positions(examples if protocol.all_positions else examples[:0])
     return Ranks(data.users[examples], data.targets[examples], ranks, raw, *positions, logs)
+
+
+def rank_by_popularity(data: TaskData, examples: np.ndarray, protocol: Protocol) -> Ranks:
+    """The baseline: ranks of the targets of `examples`, in their order, by how often a target is in training.
+
+    In task 1 the items at all positions count. Ties are ranked by id.
+    """
+    train, known = data.splits["train"], Known(data, protocol.leave_out)
+    counts = np.bincount(data.targets[train], minlength=len(data.target_vocabulary))
+    if data.target_vocabulary is data.items:
+        counts += np.bincount(data.rows[data.users[train]].ravel(), minlength=len(counts))
+        if data.padding_id >= 0:
+            counts[data.padding_id] = 0
+    counts[0] = -1  # <UNK> comes last
+    places = np.empty(len(counts), np.int64)
+    places[np.argsort(-counts, kind="stable")] = np.arange(1, len(counts) + 1)
+
+    def ranks(rows: np.ndarray, targets: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        found = []
+        for start in range(0, len(rows), EVALUATION_BATCH):
+            part = slice(start, start + EVALUATION_BATCH)
+            left_out, own = known.of_rows(rows[part]), places[targets[part]]
+            left_out = np.where(np.arange(left_out.shape[1]) <= seen[part, None], left_out, 0)
+            found.append(own - ((left_out > 0) & (places[left_out] < own[:, None])).sum(axis=1))
+        return np.concatenate([np.empty(0, np.int64), *found])
+
+    rows, labels, real = positions(data, examples if protocol.all_positions else examples[:0])
+    row, place = real.nonzero()
+    users, targets = data.users[examples], data.targets[examples]
+    own = ranks(users, targets, np.full(len(users), np.iinfo(np.int64).max))
+    at_positions = ranks(rows[row], labels[row, place], place)
+    return Ranks(users, targets, own, places[targets], rows[row], at_positions, np.zeros((len(users), 0)))
 
 
 def rank(

@@ -237,8 +237,7 @@ class Run:
         for split in splits:
             self.results.add(state, split, self.state.epoch, scores[split], self.state.seconds)
         if "popular" not in self.facts:
-            baseline = ranking.Popularity(self.data, self.device)
-            popular = ranking.rank_by(baseline, self.data, self.data.splits["test"], self.protocol)
+            popular = ranking.rank_by_popularity(self.data, self.data.splits["test"], self.protocol)
             self.facts["popular"] = next(iter(metrics.score(popular, self.protocol).values()))
         print(f"test, {state}: {standing(ranks['test'], self.protocol, self.facts['popular'])}")
 

@@ -72,15 +72,33 @@ def data() -> dict[int, TaskData]:
     return {1: first, 2: task(random.integers(0, 30, 200), random.integers(1, 31, 200), targets)}
 
 
+class Fixed(ranking.Scorer):
+    """The same scores for all rows."""
+
+    def __init__(self, scores: np.ndarray):
+        self.fixed, self.size, self.device = torch.from_numpy(scores), len(scores), CPU
+
+    def last_states(self, rows: np.ndarray) -> torch.Tensor:
+        return torch.empty(len(rows), 0)
+
+    def states(self, rows: np.ndarray) -> torch.Tensor:
+        return torch.empty(len(rows), 12, 0)
+
+    def scores(self, states: torch.Tensor) -> torch.Tensor:
+        return self.fixed.repeat(len(states), 1)
+
+
+@pytest.mark.parametrize("leave_out", ["nothing", "targets", "known"])
 @pytest.mark.parametrize("task", [1, 2])
-def test_popularity_scores_by_what_is_in_training(data, task):
-    own = data[task]
-    train = own.splits["train"]
-    chosen = [*own.targets[train].tolist(), *(own.rows[train].ravel().tolist() if task == 1 else [])]
-    expected = [sum(each == target for each in chosen) * (task == 2 or target != 1) for target in range(1, 31)]
-    baseline = ranking.Popularity(own, CPU)
-    for states in (baseline.last_states(np.arange(4)), baseline.states(np.arange(4))[:, 7]):
-        assert baseline.scores(states)[:, 1:31].tolist() == [expected] * 4
+def test_popularity_ranks_by_what_is_in_training(small_blocks, data, task, leave_out):
+    data, protocol = data[task], Protocol(leave_out=leave_out, all_positions=task == 1)
+    train, examples = data.splits["train"], data.splits["test"]
+    chosen = [*data.targets[train].tolist(), *(data.rows[train].ravel().tolist() if task == 1 else [])]
+    counts = np.array([chosen.count(id) * (task == 2 or id != 1) for id in range(len(data.target_vocabulary))])
+    expected = ranking.rank_by(Fixed(counts - np.arange(len(counts)) / 1000), data, examples, protocol)
+    found = ranking.rank_by_popularity(data, examples, protocol)
+    for name in ("users", "targets", "ranks", "raw", "position_users", "position_ranks"):
+        assert np.array_equal(getattr(found, name), getattr(expected, name)), name
 
 
 def slow_rank(scores: np.ndarray, target: int, left_out: set[int]) -> int:

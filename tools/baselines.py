@@ -199,8 +199,8 @@ class Comparison(study.Study):
         """The task's test ranks by a method that does not train on it."""
         data, device = self.data(task), pick_device(self.hp.device)
         if method == "popular":
-            scorer = ranking.Popularity(data, device)
-        elif method == "counting":
+            return ranking.rank_by_popularity(data, data.splits["test"], self.protocol(task))
+        if method == "counting":
             scorer = counting.CountScorer(counting.METHODS[task - 1](data), data)
         else:
             model = checkpoint.build_model(self.content(self.steps(method)[-1]))
