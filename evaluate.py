@@ -57,7 +57,8 @@ def main(hp: Hyperparameters) -> int:
         ranks = rescoring.rank(task, content, model, hp.data_dir, device, hp.split)
         protocol = Protocol(**record["protocol"])
         scores = metrics.score(ranks, protocol)
-        learned.append(f"task {task} {standing(ranks, protocol, record['popular'])}")
+        popular = record["popular"] if hp.split == "test" else None
+        learned.append(f"task {task} {standing(ranks, protocol, popular)}")
         recorded = record["results"][record["state"]][hp.split]
         verdicts.append(verdict(reads[task] == record["fingerprint"], scores, recorded))
         row = {"task": task, "state": record["state"], "split": hp.split, "epoch": record["epoch"], **scores}

@@ -247,7 +247,7 @@ class NextItNet(nn.Module):
 
     def add_update(self, task: int, rank: int) -> None:
         """Adds a low-rank update of the item embedding: the task trains it, and later tasks read it too."""
-        self.updates[str(task)] = LowRankUpdate(*self.embedding.weight.shape[:1], rank, self.architecture["channels"])
+        self.updates[str(task)] = LowRankUpdate(self.architecture["items"], rank, self.architecture["channels"])
 
     def embedded(self, ids: Tensor, stage: Stage) -> Tensor:
         """Item embeddings (…, C) with the updates of tasks 2..k, for a stage of task k."""

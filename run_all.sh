@@ -16,6 +16,7 @@ bash make_venv.sh requirements.txt
 python=.venv/bin/python
 [ -n "$(ls Data/Session)" ] || "$python" -m Data.make_demo
 
+trap 'stopped=yes' INT  # one Ctrl-C ends a script's training, and the script then saves
 task=1
 while [ -f conure_tp_t$task.py ]; do  # tasks added to the four too
     data=$(sed -n 's/^    data_path: str = "\(.*\)".*/\1/p' conure_tp_t$task.py)
@@ -37,12 +38,16 @@ while [ -f conure_tp_t$task.py ]; do  # tasks added to the four too
         echo
         echo "== python conure_${stage}_t$task.py ${flags[*]:-}"
         "$python" "conure_${stage}_t$task.py" ${flags[@]+"${flags[@]}"}
+        if [ "${stopped:-}" ]; then
+            echo "stopped: task $task is saved, trained for less time; --overwrite redoes it, bash run_all.sh goes on" >&2
+            exit 130
+        fi
     done
     task=$((task + 1))
 done
 
 if "$python" -c "import matplotlib" 2> /dev/null; then
-    "$python" -m tools.report > /dev/null
+    "$python" -m tools.report > /dev/null || true  # it has said why
 fi
 echo
 echo "== python evaluate.py"

@@ -16,12 +16,18 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
-def one_line_for_ctrl_c(kind: type[BaseException], *error: Any) -> None:
-    """Prints one line for a Ctrl-C that comes before `launch.run`, which handles it from then on."""
+PACKAGES = ("torch", "numpy", "pandas", "tqdm")
+
+
+def one_line(kind: type[BaseException], error: BaseException, *trace: Any) -> None:
+    """Prints one line for what may end a program before `launch.run`: a missing package, or Ctrl-C."""
+    if isinstance(error, ModuleNotFoundError) and error.name in PACKAGES:
+        print(f"error: this Python has no {error.name}: run .venv/bin/python in place of python", file=sys.stderr)
+        sys.exit(2)
     if not issubclass(kind, KeyboardInterrupt):
-        return sys.__excepthook__(kind, *error)
+        return sys.__excepthook__(kind, error, *trace)
     print("\ninterrupted", file=sys.stderr)
     sys.exit(130)
 
 
-sys.excepthook = one_line_for_ctrl_c  # as importing torch takes seconds
+sys.excepthook = one_line  # importing torch takes seconds, in which Ctrl-C may come

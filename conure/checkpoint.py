@@ -23,6 +23,7 @@ import os
 import platform
 import re
 import shlex
+import sys
 from typing import Any
 
 from conure.errors import InputError
@@ -50,6 +51,15 @@ def path_of(folder: str, stage: Stage) -> str:
 
 def script_of(stage: Stage) -> str:
     return f"conure_{stage.mode}_t{stage.task}.py"
+
+
+def check_script(stage: Stage) -> None:
+    """InputError if a script of the chain runs that, by its file name, should train another stage."""
+    name = os.path.basename(sys.argv[0])
+    if re.fullmatch(r"conure_(tp|ret)_t\d+\.py", name) and name != script_of(stage):
+        raise InputError(
+            f'{name} is to train Stage({stage.task}, "{stage.mode}"): change that in its main, or rename it'
+        )
 
 
 def stage_before(stage: Stage) -> Stage:

@@ -19,7 +19,7 @@ TIED_UP_TO = 0.1  # share of recurring items; a tied head starts by predicting t
 HALVED = np.log(2)  # difference of mean log ranks that halves the geometric mean rank
 
 
-def initial_model(files: StageFiles, device: torch.device) -> tuple[NextItNet, bool]:
+def initial_model(files: StageFiles, device: torch.device, of_classes: bool) -> tuple[NextItNet, bool]:
     """The model as the stage before left it, with a new head in tp; for the first stage a new model.
 
     Returns it, and whether its head is initialised from task 1's rows. InputError if a layer has no free weight.
@@ -36,13 +36,13 @@ def initial_model(files: StageFiles, device: torch.device) -> tuple[NextItNet, b
         check_capacity(model, task, files.prune_ratios())
         model.add_head(task, len(data.target_vocabulary))
         if hp.lora_rank:
-            model.add_update(task, hp.lora_rank)
+            model.add_update(task, min(hp.lora_rank, model.architecture["channels"]))
     model.to(device)
     model.dropout.p = hp.dropout
     if mode == "ret":
         informed = files.tasks[task]["informed"]
     else:
-        informed = task > 1 and hp.informed_head and inform(model, data, files.stage, device)
+        informed = task > 1 and hp.informed_head and inform(model, data, files.stage, device, of_classes)
     if informed:
         anchor(model, data, task)
     return model, informed
@@ -86,31 +86,38 @@ def anchor(model: NextItNet, data: TaskData, task: int) -> None:
 
 
 @torch.no_grad()
-def inform(model: NextItNet, data: TaskData, stage: Stage, device: torch.device) -> bool:
+def inform(model: NextItNet, data: TaskData, stage: Stage, device: torch.device, of_classes: bool) -> bool:
     """Initialises the task's head from task 1's rows of its targets, or at random with a bias of log frequencies.
 
-    It compares the ranks of training targets by task 1's rows with those by the same rows shuffled. Task 1's rows must
-    halve the (geometric) mean rank; they do not if the two tasks use a token for different things. Prints the decision,
-    and returns whether the head has task 1's rows.
+    Classes are no items, whatever their tokens. Prints the decision, and returns whether the head has task 1's rows.
     """
-    size = len(data.target_vocabulary)
-    ids = items_of_targets(data).to(device)
-    examples, weight = data.splits["train"], model.head(stage.task).weight
-    random, known = weight.clone(), (ids > 0).nonzero().squeeze(1)
-    ranker = Ranker(ModelScorer(model, data, stage, device), data)
-    rows, log_ranks = model.head(1).weight[ids[known]], []
-    for order in (torch.randperm(len(known)).to(device), slice(None)):
-        weight[known] = rows[order]
-        log_ranks.append(np.log(ranker.rank(examples[:EXAMPLES_TO_COMPARE])[0]))
+    head, size = model.head(stage.task), len(data.target_vocabulary)
+    random, ids = head.weight.clone(), items_of_targets(data).to(device)
+    known = (ids > 0).nonzero().squeeze(1)
     found = f"{len(known):,} of {size - 1:,} targets are items of task 1"
-    if log_ranks[1].mean() <= log_ranks[0].mean() - HALVED:
+    if not of_classes and rows_fit(model, data, stage, device, ids, known):
         print(f"head: initialised from task 1's rows ({found})")
         return True
     model.add_head(stage.task, size, bias=True)
     head = model.head(stage.task).to(device)
     head.weight.copy_(random)
-    frequency = np.bincount(data.targets[examples], minlength=size) + 1
+    frequency = np.bincount(data.targets[data.splits["train"]], minlength=size) + 1
     head.bias.copy_(torch.from_numpy(np.log(frequency / frequency.mean())))
     reason = f"{found}, but task 1's rows rank them no better than shuffled rows" if len(known) else found
-    print(f"head: random, bias from target frequencies ({reason})")
+    print(f"head: random, bias from {'class frequencies' if of_classes else f'target frequencies ({reason})'}")
     return False
+
+
+def rows_fit(model: NextItNet, data: TaskData, stage: Stage, device: torch.device, ids: Tensor, known: Tensor) -> bool:
+    """Gives the `known` targets task 1's rows of their items `ids`, and tells whether these rank training targets well.
+
+    They must halve the (geometric) mean rank that the same rows give if shuffled; they do not if the two tasks use a
+    token for different things.
+    """
+    examples = data.splits["train"][:EXAMPLES_TO_COMPARE]
+    ranker = Ranker(ModelScorer(model, data, stage, device), data)
+    rows, log_ranks = model.head(1).weight[ids[known]], []
+    for order in (torch.randperm(len(known)).to(device), slice(None)):
+        model.head(stage.task).weight[known] = rows[order]
+        log_ranks.append(np.log(ranker.rank(examples)[0]))
+    return bool(log_ranks[1].mean() <= log_ranks[0].mean() - HALVED)

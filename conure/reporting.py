@@ -26,6 +26,7 @@ SECONDS_BETWEEN_LINES = 30  # of progress, if there is no terminal for a bar
 COLUMNS = ("state", "task", "split", "epoch", "n", "seconds")  # of results.csv, besides scores
 INITIAL_DEVIATION = 0.02  # standard deviation of initial weights
 FEW_TARGETS = 100  # with one target a user, up to so many targets are probably classes
+ADVICE = "README, Adding a task"
 RANKED = {  # what `leave_out` means
     "nothing": "among all",
     "targets": "among all but the targets that the user has in training",
@@ -44,7 +45,7 @@ def announce(
     protocol: Protocol,
 ) -> None:
     """Prints settings, data, how its targets are ranked, parameter counts, device, precision, versions, and hints."""
-    settings = ", ".join(f"{name} {printable(value)}".rstrip() for name, value in vars(hp).items())
+    settings = " ".join(f"{name}={printable(value)}" for name, value in vars(hp).items())
     print(textwrap.fill(f"settings: {settings}", 100, subsequent_indent="  ", break_long_words=False))
     print("data:", "\n  ".join(data.describe()))
     print(f"ranks: {RANKED[protocol.leave_out]}")
@@ -60,28 +61,31 @@ def announce(
 
 
 def hints(hp: Any, data: TaskData, protocol: Protocol) -> Iterator[str]:
-    """Settings that hardly train, and classes that are learned as items."""
-    steps = hp.epochs * -(-len(data.splits["train"]) // hp.batch_size)
+    """Settings that hardly train, classes that are learned as items, and items that are learned as classes."""
+    first, steps = data.target_vocabulary is data.items, hp.epochs * -(-len(data.splits["train"]) // hp.batch_size)
     if steps * hp.learning_rate < INITIAL_DEVIATION:
+        small = "" if first else ", or --batch_size 128 --learning_rate 1e-3 as for small data"
         yield (
-            f"{steps:,} steps at --learning_rate {hp.learning_rate:g} move a weight by {steps * hp.learning_rate:.1g} "
-            f"at most, less than weights differ at the start ({INITIAL_DEVIATION}): for small data try "
-            "--batch_size 128 --learning_rate 1e-3"
+            f"{steps:,} steps at learning_rate {hp.learning_rate:g} move a conv weight by at most "
+            f"{steps * hp.learning_rate:.1g}, and weights start at ±{INITIAL_DEVIATION}: give more --epochs{small}"
         )
-    classes = len(data.target_vocabulary) - 1
-    of_items = protocol.metric == "ranking" and data.target_vocabulary is not data.items
-    if of_items and classes <= FEW_TARGETS and len(data.targets) == len(data.rows):
-        yield (
-            f"every row has one target, of {classes} different ones: if they are classes, learn them by copies of "
-            "conure_tp_t4.py and conure_ret_t4.py (README, Adding a task)"
-        )
+    targets, several = len(data.target_vocabulary) - 1, len(data.targets) > len(data.rows)
+    if not first and protocol.metric == "ranking" and targets <= FEW_TARGETS and not several:
+        yield f"every row has one of {targets} targets: if they are classes, use copies of task 4's scripts ({ADVICE})"
+    if protocol.metric == "accuracy" and (several or targets > FEW_TARGETS):
+        yield f"rows have some of {targets:,} targets: if they are items, use copies of task 3's scripts ({ADVICE})"
 
 
-def standing(ranks: Ranks, protocol: Protocol, popular: float) -> str:
-    """`mrr@5 0.040 ± 0.006 (popularity 0.015)`: the first score, half of its 95 % interval over users, the baseline."""
+def standing(ranks: Ranks, protocol: Protocol, popular: float | None) -> str:
+    """`mrr@5 0.040 ± 0.006 (popularity 0.015)`: the first score, half of its 95 % interval over users, the baseline.
+
+    `popular`: the baseline's score, if it is known for the split. It says so if the interval reaches that.
+    """
     name, score = next(iter(metrics.score(ranks, protocol).items()))
     low, high = metrics.interval([metrics.first_values(ranks, protocol)])
-    return f"{name} {score:.3f} ± {(high - low) / 2:.3f} (popularity {popular:.3f})"
+    beaten = "" if popular is None or low > popular else ": no better"
+    baseline = "" if popular is None else f" (popularity {popular:.3f}{beaten})"
+    return f"{name} {score:.3f} ± {(high - low) / 2:.3f}{baseline}"
 
 
 class Progress:

@@ -11,7 +11,7 @@ from conure import checkpoint, processes
 from conure.errors import InputError, NothingToDo
 from conure.files import lock_folder
 from conure.fingerprint import fingerprints
-from conure.settings import printable
+from conure.settings import of_script, printable
 from conure.snapshot import Snapshot
 
 import torch
@@ -153,6 +153,11 @@ class StageFiles:
         if self.before is None and processes.is_main():
             self.data.items.write(self.hp.index_path)
 
+    def is_last(self, script: str) -> bool:
+        """Whether the next script's data are missing from where this script, without --data_path, found its own."""
+        usual = type(self.hp)().data_path == self.hp.data_path
+        return usual and self.stage.mode == "ret" and not os.path.exists(of_script(script).data_path)
+
     def next_command(self) -> str:
         task, mode = self.stage
         script = checkpoint.script_of(Stage(task, "ret") if mode == "tp" else Stage(task + 1, "tp"))
@@ -167,7 +172,7 @@ class StageFiles:
                 "leave_out",
                 "all_positions",
             )
-        if not (Path(__file__).parents[1] / script).exists():
+        if not (Path(__file__).parents[1] / script).exists() or self.is_last(script):
             script, shared = "evaluate.py", shared[:1]
         default = type(self.hp)()
         shared = (name for name in shared if hasattr(default, name))  # task 1 has no split_by

@@ -76,6 +76,7 @@ class Run:
     ):
         """Resumes from a snapshot if there is one. `hp` is the script's hyperparameter block. Raises as `files`, which
         gets the first three arguments."""
+        checkpoint.check_script(stage)
         print(f"task {stage.task}, {stage.mode}")
         self.hp, self.stage, self.data = hp, stage, data
         self.protocol = ranking.protocol_of(hp, metric, data)
@@ -84,7 +85,7 @@ class Run:
         with self.files.closed_on_failure():
             make_deterministic(self.device)
             torch.manual_seed(hp.seed)  # of initial weights
-            self.model, informed = initial_model(self.files, self.device)
+            self.model, informed = initial_model(self.files, self.device, metric == "accuracy")
             trained = self.model.train_only(stage)
             groups = parameter_groups(self.model, stage.task, hp.table_rate * hp.learning_rate)
             optimiser = adam(groups, hp.learning_rate, hp.beta1)

@@ -108,6 +108,7 @@ def test_evaluate_on_other_splits_checkpoints_and_folders(chain, tmp_path, run_h
     folder, _ = chain
     file = str(folder / "checkpoints" / "tp_t2.pt")
     code, output, _ = run_here("evaluate.py", "--checkpoint", file, "--split", "heldout")
+    assert re.search(r"^learned, by heldout scores: .* ± 0\.\d+$", output, re.MULTILINE), "popularity is known of test"
     assert code == 0 and output.count("RESULT") == 2 and "task=2 state=pruned split=heldout" in output
     tasks = torch.load(file, weights_only=True)["tasks"]
     validation, test, heldout = (tasks[2]["results"]["pruned"][split] for split in ("validation", "test", "heldout"))
@@ -275,7 +276,7 @@ def test_what_a_run_prints(chain):
     _, printed = chain
     output = printed[2, "tp"]
     for expected in (
-        r"^settings: index_path [^:]* prune_ratio\s+0\.6,",
+        r"^settings: index_path=.*\n(.*\n)*.* prune_ratio=0\.6 ",
         r"^test, tp: mrr@5 0\.\d{3} ± 0\.\d{3} \(popularity 0\.\d{3}\)\n(.*\n)+test, pruned: mrr@5 ",
         r"^data: .*\n  1,500 rows of 21; 40\d item ids; \d+ target ids\n  [\d,]+ examples: [\d,]+ train, ",
         r"^parameters: [\d,]+, of which this stage trains [\d,]+$",

@@ -235,6 +235,9 @@ def test_only_what_a_task_reads_is_compared(chain, chain_copy):
     def head(model: NextItNet) -> None:
         model.head(2).weight[0] += 1
 
+    def update(model: NextItNet) -> None:
+        model.updates["2"].rows[0, 0] += 1
+
     assert source(lambda model: None) == ["same"] * 3
     assert source(zero_owned_by(pruning.FREE)) == ["same"] * 3
     assert source(zero_owned_by(4)) == ["same"] * 3
@@ -242,6 +245,7 @@ def test_only_what_a_task_reads_is_compared(chain, chain_copy):
     assert source(moved) == ["same", "scored", "scored"]
     assert source(normalised) == ["scored"] * 3
     assert source(head) == ["same", "scored", "same"]
+    assert source(update) == ["same", "scored", "scored"]
 
 
 def test_transfer_against_numbers_by_hand():

@@ -7,13 +7,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
-from conure import checkpoint, launch
+from conure import checkpoint, launch, losses, settings, training
+from conure.errors import InputError
 from conure.settings import Running
+from conure.stage_files import StageFiles
 
+import numpy as np
 import pytest
 import torch
 from conftest import FILES, PROGRAMS, ROOT, STAGES, flags, run_python
+
+from pruning import Stage
 
 
 def refused(result: tuple[int, str, str]) -> str:
@@ -303,12 +309,11 @@ def test_ctrl_c_after_training_does_not_interrupt_saving(demo, tmp_path):
 @pytest.mark.parametrize("task, mode", STAGES)
 def test_each_script_trains_its_own_loss(run_here, monkeypatch, chain_copy, task, mode):
     """Of the type that the task needs, and with the given hyperparameters."""
-    from conure import losses, training
-
-    folder, seen = chain_copy, []
+    folder, seen, ranks = chain_copy, [], []
 
     def see(run, loss):
         seen.append((loss, run.model.dropout.p))
+        ranks.append([len(update.axes) for update in run.model.updates.values()])
         run.files.close()
         raise KeyboardInterrupt
 
@@ -318,6 +323,8 @@ def test_each_script_trains_its_own_loss(run_here, monkeypatch, chain_copy, task
         assert run_here(f"conure_{mode}_t{task}.py", *flags(folder, task), *arguments, "--overwrite")[0] == 130
     improved, original, both = (loss for loss, _ in seen)
     assert [dropout for _, dropout in seen] == [0.3 if task in (1, 4) else 0, 0, 0]
+    earlier, own = [16] * (task - 1 - (mode == "tp" and task > 1)), [16] if mode == "tp" and task > 1 else []
+    assert ranks == [earlier + own, earlier, earlier], "the original has no update"
     if task == 1:
         items = original.sampler.items
         assert [loss.sampler.count for loss in (improved, original, both)] == [items // 2, items // 5, items // 2]
@@ -339,5 +346,35 @@ def test_hints_at_settings_that_move_nothing_and_at_classes_as_items(run_here, c
     code, output, _ = run_here("conure_tp_t2.py", *arguments, "--epochs", "1", "--learning_rate", "1e-4")
     assert code == 0
     hints = re.findall(r"^hint: (.*)$", output, re.MULTILINE)
-    assert len(hints) == 2 and "--batch_size 128 --learning_rate 1e-3" in hints[0]
-    assert "of 2 different ones" in hints[1] and "conure_tp_t4.py" in hints[1]
+    assert len(hints) == 2 and hints[0].endswith("or --batch_size 128 --learning_rate 1e-3 as for small data")
+    assert "one of 2 targets: if they are classes, use copies of task 4's scripts" in hints[1]
+
+
+def test_items_learned_as_classes_get_a_hint(run_here, chain_copy):
+    items = ["--data_path", str(chain_copy / "Data" / FILES[3]), "--epochs", "1", "--overwrite"]
+    code, output, _ = run_here("conure_tp_t4.py", *flags(chain_copy, 4), *items)
+    assert code == 0 and "if they are items, use copies of task 3's scripts" in output
+
+
+def test_a_copied_script_whose_stage_was_left_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["somewhere/conure_tp_t5.py"])
+    with pytest.raises(InputError, match=r'conure_tp_t5.py is to train Stage\(4, "tp"\): change that in its main'):
+        training.Run(None, Stage(4, "tp"), None)
+
+
+def test_the_chain_ends_where_the_next_tasks_data_are_missing(monkeypatch):
+    hp = settings.of_script("conure_ret_t2.py")
+    files = StageFiles.__new__(StageFiles)
+    files.hp, files.stage = hp, Stage(2, "ret")
+    monkeypatch.setattr(os.path, "exists", lambda path: "like" not in str(path))
+    assert files.next_command() == "evaluate.py"
+    monkeypatch.setattr(os.path, "exists", lambda path: True)
+    assert files.next_command() == "conure_tp_t3.py"
+
+
+def test_a_loss_is_added_in_one_place():
+    """`--loss` allows each of PAIRWISE, and `target` takes it."""
+    for name, loss in losses.PAIRWISE.items():
+        hp = settings.of_script("conure_tp_t2.py", loss=name, l2=0.0)
+        targets = SimpleNamespace(targets=np.array([1, 2, 2]), target_vocabulary=range(3))
+        assert losses.target(hp, targets).compare is loss

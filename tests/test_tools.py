@@ -265,4 +265,5 @@ def test_capacity_learns_a_task_at_every_depth(demo, tmp_path, run_here):
                 weight = name.replace("owner", "weight")
                 owned = torch.where(owner == pruning.FREE, 0.0, content["model"][weight])
                 assert torch.equal(alone["model"][weight], owned)
+        assert alone["model"]["updates.4.rows"].any(), "the control has all but conv weights"
     assert "capacity.csv exists: --overwrite replaces it" in refused(run_here("tools.capacity", *flags))
