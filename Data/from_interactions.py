@@ -343,7 +343,7 @@ def main(hp: Hyperparameters) -> None:
     print_files(files, histories.lengths)
     if hp.history == 1 and not tasks:
         sequences, users = (shlex.quote(str(Path(hp.output_dir) / path)) for path in paths)
-        print(f"next, to serve these histories: python -m tools.recommend --data_path {sequences} --ids {users}")
+        print(f"next, to serve them: python -m tools.recommend --task 1 --data_path {sequences} --ids {users}")
     else:
         print_next_steps(hp.output_dir, names, {task.name for task in tasks if task.source.startswith("users.")})
 

@@ -184,7 +184,8 @@ def method() -> bytes:
 
 def read_scores(path: str) -> dict[tuple[int, str], dict[str, Score]]:
     """By task and metric, then by the name that the table gives to a method; without those whose cell is empty."""
-    found = re.search(r"^\| method \| task 1, .*\n\|[-|]+\n(?:\|.*\n?)+", Path(path).read_text(), re.MULTILINE)
+    page = Path(path).read_text(encoding="utf-8")
+    found = re.search(r"^\| method \| task 1, .*\n\|[-|]+\n(?:\|.*\n?)+", page, re.MULTILINE)
     if not found:
         raise InputError(f'{path} has no table with the header "| method | task 1, …": --table names the page that has')
     head, _, *rows = ([cell.strip(" *") for cell in line.split("|")[1:-1]] for line in found[0].splitlines())
@@ -237,13 +238,14 @@ def results(scores: dict[tuple[int, str], dict[str, Score]]) -> bytes:
     parts = lines(
         82,
         "Dot: test score; line: 95 % interval; band: that of Conure.",
-        "MovieLens 1M. 4 models: one per task; 1 model: one for all.",
+        "4 models: one per task; 1 model: one for all. MovieLens 1M.",
+        "Axes start at 0, except that of task 4.",
     )
     desc = []
     for number, ((task, name), by_method) in enumerate(scores.items()):
         metric = name.removesuffix("_all").replace("mrr", "MRR")
         shown = {method: by_method[method] for method in METHODS if method in by_method}
-        x, y = 264 + number % 2 * (PANEL + 60), 166 + number // 2 * (ROW * len(METHODS) + 142)
+        x, y = 264 + number % 2 * (PANEL + 60), 194 + number // 2 * (ROW * len(METHODS) + 142)
         bottom = y + 42 + ROW * len(METHODS)
         parts += [text(x, y, f"*Task {task}*"), text(x, y + 27, TARGETS.get(task, ""), "muted")]
         parts += [*panel(x, y + 42, shown), text(x + PANEL / 2, bottom + 52, metric, "middle muted")]

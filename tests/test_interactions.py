@@ -266,7 +266,7 @@ def test_whole_histories_for_serving(make):
     printed, files = make(tables, "--history", "1", "--min_rows", "1", "--length", "3")
     assert files == {"pretrain": ["a7,a8,a9", "b7,b8,b9", "0,0,only"], "users": ["a", "b", "c"]}
     served = f"--data_path out/{file_of('pretrain')} --ids out/users.csv"
-    assert printed.endswith(f"next, to serve these histories: python -m tools.recommend {served}\n")
+    assert printed.endswith(f"next, to serve them: python -m tools.recommend --task 1 {served}\n")
     flags = ["--task", "click=other.csv", "--users", "users.csv", "--task", "age=users.age"]
     printed, files = make(tables, "--history", "1", "--length", "3", *flags)
     assert files["click"] == ["a7,a8,a9,,a11", "b7,b8,b9,,b11"] and files["age"] == ["a7,a8,a9,,1", "b7,b8,b9,,2"]

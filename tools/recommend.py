@@ -59,6 +59,9 @@ def main(hp: Hyperparameters) -> None:
             best = table(users, *served.best(ids, hp.top_k, exclude_seen), tokens)
             best.to_csv(file, index=False, header=number == 0)
     print(served.summary(), file=sys.stderr)
+    if served.metric != "accuracy":
+        told = "left out" if exclude_seen else "recommended too"
+        print(f"items that a row holds are {told} (--exclude_seen yes|no)", file=sys.stderr)
     if hp.output:
         print(f"wrote {hp.output}")
 

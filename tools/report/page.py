@@ -123,7 +123,7 @@ def scores(chain: Chain) -> Html:
             "p",
             "Look here first. A task was forgotten if it scores less now than when it was learned: ",
             element("span", "▼", class_="key changed"),
-            " marks it.",
+            " marks it, ▲ a score that rose.",
         ),
         table("Scores", head, rows),
         element(
