@@ -25,6 +25,9 @@ SHORTER = {
     "bash run_all.sh --full": "",  # after the settings at the top of the scripts were made small
     ".venv/bin/python conure_tp_t1.py": APART,
     ".venv/bin/python -m tools.baselines --data_dir DATA_DIR --only Conure": TINY,
+    ".venv/bin/python -m tools.baselines --data_dir DATA_DIR --later_test_fraction 0.9 --only Conure": (
+        f"{TINY} --output_dir checkpoints/tenth"
+    ),
     ".venv/bin/python -m tools.baselines --data_dir DATA_DIR": f"{TINY} --only FineHead",
     ".venv/bin/python -m tools.capacity --data_dir DATA_DIR --percents 50,70,90 --seeds 3": f"{TINY} --depths 1,2",
     ".venv/bin/torchrun --nproc_per_node=2 conure_tp_t1.py": f"{APART} --overwrite",

@@ -191,7 +191,7 @@ def test_whole_histories_are_served_with_their_users(serving, tool, run_here, tm
     code, printed, _ = run_here("Data.from_interactions", "--interactions", str(tmp_path / "rows.csv"), *whole)
     assert code == 0
     data = ["--data_path", tmp_path / "whole" / FILES[1], "--ids", tmp_path / "whole" / "users.csv"]
-    assert f"python -m tools.recommend {' '.join(map(str, data))}\n" in printed
+    assert f"python -m tools.recommend --task 1 {' '.join(map(str, data))}\n" in printed
     output = tool("recommend", "--task", 2, "--serving", serving(2), *data, "--top_k", 2)
     users = pd.read_csv(pd.io.common.StringIO(output))["user"].tolist()
     assert users == ["u1", "u1", "u2", "u2", "u3", "u3"]

@@ -117,7 +117,7 @@ def test_bytes_to_serve_and_trained_parameters(compared):
     _, table, _ = compared
     taken = table[table["seed"] == 10].groupby("method")["bytes_all_tasks"].max()
     trained = table[(table["seed"] == 10) & (table["task"] == 4)].set_index("method")["trained"]
-    weights, update = 2 * 3 * 8 * 8, (402 + 8) * 16  # of the only block; of the table of 402 tokens, with rank 16
+    weights, update = 2 * 3 * 8 * 8, (402 + 8) * 8  # of the only block; of the table of 402 tokens, with rank 8
     assert taken["FineHead"] < taken["PeterRec"] < taken["FineAll"] < taken["SinMo"] + 1
     assert taken["SinMoAll"] < taken["FineAll"] and taken["random_backbone"] < taken["FineAll"]
     # The owner map takes a byte per weight. FineHead keeps a head's bias if it helped, random_head has none.
