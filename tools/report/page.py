@@ -113,9 +113,9 @@ def scores(chain: Chain) -> Html:
         now = score if task == latest.task else matrix_cell(chain, task, latest)
         examples = record["results"][record["state"]]["test"]["n"]
         cells = [score, f"[{low:.3f}, {high:.3f}]", now, f"{record['popular']:.4f}", f"{examples:,}"]
-        cells += [f"{record['target_count']:,}", path_cell(os.path.basename(record["data_path"]), "file")]
-        rows.append([f"{task_name(task)}, {learned.name}", *cells])
-    head = ["task", "when learned", "95 % interval", "now", "popularity", "test examples", "target ids", "data file"]
+        file = path_cell(os.path.basename(record["data_path"]), "file")
+        rows.append([f"{task_name(task)}, {learned.name}", *cells, file])
+    head = ["task", "when learned", "95 % interval", "now", "popularity", "test examples", "data file"]
     return element(
         "section",
         element("h2", "Scores"),
@@ -131,7 +131,7 @@ def scores(chain: Chain) -> Html:
             "On the test split, from 0 to 1; more is better. mrr@k: mean reciprocal rank of the target, 0 beyond rank "
             "k; mrr@k_all: of the next item at every position, not at the last alone. accuracy: share of the examples "
             "whose class is predicted right. Intervals are from a bootstrap over users. Popularity: what the most "
-            "frequent targets of the training split would score. Target ids include <UNK>.",
+            "frequent targets of the training split would score.",
             class_="small",
         ),
     )
