@@ -24,6 +24,9 @@ APART = "--checkpoint_dir apart --index_path apart/index.csv --epochs 1 --channe
 SHORTER = {
     "bash run_all.sh --full": "",  # after the settings at the top of the scripts were made small
     ".venv/bin/python conure_tp_t1.py": APART,
+    '.venv/bin/python -m Data.from_interactions --interactions table.csv --task "click=later"': (
+        "--min_rows 2 --history 0.5 --output_dir apart/Data"
+    ),
     ".venv/bin/python -m tools.baselines --data_dir DATA_DIR --only Conure": TINY,
     ".venv/bin/python -m tools.baselines --data_dir DATA_DIR --later_test_fraction 0.9 --only Conure": (
         f"{TINY} --output_dir checkpoints/tenth"
@@ -68,7 +71,7 @@ def copy(tmp_path_factory) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     (folder / ".venv").symlink_to(Path(sys.executable).parents[1])
-    (folder / "table.csv").write_text("user_id,item_id,timestamp\n1,5,0\n1,7,1\n2,9,0\n")  # as docs/serving.md reads it
+    (folder / "table.csv").write_text("user_id,item_id,timestamp\n1,5,0\n1,7,1\n2,9,0\n2,8,1\n")  # of both pages
     (folder / "ml-1m").mkdir()  # as the README's awk reads it
     (folder / "ml-1m" / "ratings.dat").write_text("1::1193::5::978300760\n3000::661::3::978302109\n")
     return folder
