@@ -127,6 +127,15 @@ class TaskData:
     splits: dict[str, np.ndarray] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # what looks like a mistake in the file
 
+    @property
+    def is_task_1(self) -> bool:
+        """Whether the targets are the next items."""
+        return self.target_vocabulary is self.items
+
+    def target_counts(self) -> np.ndarray:
+        """(targets,): the number of training examples of each target."""
+        return np.bincount(self.targets[self.splits["train"]], minlength=len(self.target_vocabulary))
+
     def batch(self, examples: np.ndarray) -> Batch:
         """These examples (B,), sorted by row."""
         examples = examples[np.argsort(self.users[examples], kind="stable")]

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from pruning import OwnedWeight, Stage
 
+INITIAL_DEVIATION = 0.02  # of weights, except head 1
 LAYER_NORM_EPS = 1e-8  # the original's ops.py
 
 
 def truncated_normal_(weight: Tensor) -> None:
-    """Normal initialisation of deviation 0.02, truncated at two deviations; the original's, except for head 1."""
-    nn.init.trunc_normal_(weight, std=0.02, a=-0.04, b=0.04)
+    """Normal initialisation, truncated at two deviations; the original's, except for head 1."""
+    nn.init.trunc_normal_(weight, std=INITIAL_DEVIATION, a=-2 * INITIAL_DEVIATION, b=2 * INITIAL_DEVIATION)
 
 
 class Grid(NamedTuple):
@@ -248,6 +249,11 @@ class NextItNet(nn.Module):
     def add_update(self, task: int, rank: int) -> None:
         """Adds a low-rank update of the item embedding: the task trains it, and later tasks read it too."""
         self.updates[str(task)] = LowRankUpdate(self.architecture["items"], rank, self.architecture["channels"])
+
+    def restore_update(self, task: int, state: dict[str, Tensor]) -> None:
+        """Adds the task's update if a state dict has one, for load_state_dict to fill."""
+        if (axes := state.get(f"updates.{task}.axes")) is not None:
+            self.add_update(task, len(axes))
 
     def embedded(self, ids: Tensor, stage: Stage) -> Tensor:
         """Item embeddings (…, C) with the updates of tasks 2..k, for a stage of task k."""

@@ -19,7 +19,6 @@ NEXT   python conure_tp_t1.py
 """
 
 import re
-import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,14 @@ import numpy as np
 import pandas as pd
 
 from Data import tables
-from Data.task_files import file_of, print_next_steps, refuse_what_is_there, write_files
+from Data.task_files import (
+    file_of,
+    print_next_steps,
+    print_serving_step,
+    refuse_what_is_there,
+    users_of,
+    write_files,
+)
 from data_loader import PADDING
 
 
@@ -305,10 +311,6 @@ def written(files: list[TaskFile], histories: Histories) -> dict[str, Iterable[s
     return contents
 
 
-def users_of(name: str) -> str:
-    return "users.csv" if name == "pretrain" else f"users_{name}.csv"
-
-
 def print_files(files: list[TaskFile], lengths: np.ndarray) -> None:
     """`lengths` (U,): items in the sequence of each user."""
     rows = []
@@ -342,8 +344,7 @@ def main(hp: Hyperparameters) -> None:
     write_files(hp.output_dir, written(files, histories))
     print_files(files, histories.lengths)
     if hp.history == 1 and not tasks:
-        sequences, users = (shlex.quote(str(Path(hp.output_dir) / path)) for path in paths)
-        print(f"next, to serve them: python -m tools.recommend --task 1 --data_path {sequences} --ids {users}")
+        print_serving_step(hp.output_dir)
     else:
         print_next_steps(hp.output_dir, names, {task.name for task in tasks if task.source.startswith("users.")})
 

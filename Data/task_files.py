@@ -17,6 +17,10 @@ def file_of(name: str) -> str:
     return f"original_desen_{LONG_NAMES.get(name, name)}.csv"
 
 
+def users_of(name: str) -> str:
+    return "users.csv" if name == "pretrain" else f"users_{name}.csv"
+
+
 def refuse_what_is_there(folder: str, files: Iterable[str], overwrite: bool, read: Iterable[str] = ()) -> None:
     """InputError if a file is one of those `read`, if it exists without `overwrite`, or if the folder has other task
     files, which would be of other data."""
@@ -51,3 +55,9 @@ def print_next_steps(folder: str, names: Sequence[str], classes: Collection[str]
         else:
             command = f'a task of {"classes" if name in classes else "items"}, see "Adding a task" in README.md'
         print(f"next: {command}" if task == 1 else f"task {task}, {name}: {command}")
+
+
+def print_serving_step(folder: str) -> None:
+    """Prints how whole histories are served."""
+    rows, users = (shlex.quote(str(Path(folder) / path)) for path in (file_of("pretrain"), users_of("pretrain")))
+    print(f"next, to serve them: python -m tools.recommend --task 1 --data_path {rows} --ids {users}")

@@ -209,8 +209,7 @@ def build_model(content: dict[str, Any], network: type[NextItNet] = NextItNet) -
     for task, record in content["tasks"].items():
         if task > 1:
             model.add_head(task, record["target_count"], bias=f"heads.{task}.bias" in content["model"])
-        if (axes := content["model"].get(f"updates.{task}.axes")) is not None:
-            model.add_update(task, len(axes))
+        model.restore_update(task, content["model"])
     try:
         model.load_state_dict(content["model"])
     except RuntimeError:

@@ -101,7 +101,7 @@ def inform(model: NextItNet, data: TaskData, stage: Stage, device: torch.device,
     model.add_head(stage.task, size, bias=True)
     head = model.head(stage.task).to(device)
     head.weight.copy_(random)
-    frequency = np.bincount(data.targets[data.splits["train"]], minlength=size) + 1
+    frequency = data.target_counts() + 1
     head.bias.copy_(torch.from_numpy(np.log(frequency / frequency.mean())))
     reason = f"{found}, but task 1's rows rank them no better than shuffled rows" if len(known) else found
     print(f"head: random, bias from {'class frequencies' if of_classes else f'target frequencies ({reason})'}")

@@ -111,6 +111,11 @@ def score(ranks: Ranks, protocol: Protocol) -> dict[str, float]:
     return {**METRICS[protocol.metric](ranks, protocol.top_k), "n": len(ranks.ranks)}
 
 
+def first_score(ranks: Ranks, protocol: Protocol) -> tuple[str, float]:
+    """The name and the value of the task's first score."""
+    return next(iter(score(ranks, protocol).items()))
+
+
 def first_values(ranks: Ranks, protocol: Protocol) -> tuple[np.ndarray, np.ndarray]:
     """The values (N,) whose mean is the task's first score, and the user of each (N,)."""
     if protocol.metric == "accuracy":

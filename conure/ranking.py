@@ -31,7 +31,7 @@ def left_out(hp: Any, data: TaskData) -> str:
         return getattr(hp, "leave_out", "nothing")
     if recurring(data) <= RARELY:
         return "known"
-    return "nothing" if data.target_vocabulary is data.items else "targets"  # task 1 has one target a row
+    return "nothing" if data.is_task_1 else "targets"  # task 1 has one target a row
 
 
 def protocol_of(hp: Any, metric: str, data: TaskData) -> Protocol:
@@ -41,7 +41,7 @@ def protocol_of(hp: Any, metric: str, data: TaskData) -> Protocol:
 
 def as_targets(data: TaskData) -> Callable[[np.ndarray], np.ndarray]:
     """A function from item ids, of any shape, to the ids int32 of the targets with the same tokens, 0 for none."""
-    if data.target_vocabulary is data.items:
+    if data.is_task_1:
         return lambda items: items
     targets = data.target_vocabulary.look_up(data.items.tokens)
     if data.padding_id >= 0:
@@ -247,10 +247,9 @@ def rank_by_popularity(data: TaskData, examples: np.ndarray, protocol: Protocol)
 
     In task 1 the items at all positions count. Ties are ranked by id.
     """
-    train, known = data.splits["train"], Known(data, protocol.leave_out)
-    counts = np.bincount(data.targets[train], minlength=len(data.target_vocabulary))
-    if data.target_vocabulary is data.items:
-        counts += np.bincount(data.rows[data.users[train]].ravel(), minlength=len(counts))
+    known, counts = Known(data, protocol.leave_out), data.target_counts()
+    if data.is_task_1:
+        counts += np.bincount(data.rows[data.users[data.splits["train"]]].ravel(), minlength=len(counts))
         if data.padding_id >= 0:
             counts[data.padding_id] = 0
     counts[0] = -1  # <UNK> comes last

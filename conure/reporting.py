@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data_loader import TaskData
+from nextitnet import INITIAL_DEVIATION
 from pruning import Stage
 
 SECONDS_BETWEEN_LINES = 30  # of progress, if there is no terminal for a bar
 COLUMNS = ("state", "task", "split", "epoch", "n", "seconds")  # of results.csv, besides scores
-INITIAL_DEVIATION = 0.02  # standard deviation of initial weights
 FEW_TARGETS = 100  # with one target a user, up to so many targets are probably classes
 ADVICE = "README, Adding a task"
 RANKED = {  # what `leave_out` means
@@ -62,15 +62,15 @@ def announce(
 
 def hints(hp: Any, data: TaskData, protocol: Protocol) -> Iterator[str]:
     """Settings that hardly train, classes that are learned as items, and items that are learned as classes."""
-    first, steps = data.target_vocabulary is data.items, hp.epochs * -(-len(data.splits["train"]) // hp.batch_size)
+    steps = hp.epochs * -(-len(data.splits["train"]) // hp.batch_size)
     if steps * hp.learning_rate < INITIAL_DEVIATION:
-        small = "" if first else ", or --batch_size 128 --learning_rate 1e-3 as for small data"
+        small = "" if data.is_task_1 else ", or --batch_size 128 --learning_rate 1e-3 as for small data"
         yield (
             f"{steps:,} steps at learning_rate {hp.learning_rate:g} move a conv weight by at most "
             f"{steps * hp.learning_rate:.1g}, and weights start at ±{INITIAL_DEVIATION}: give more --epochs{small}"
         )
     targets, several = len(data.target_vocabulary) - 1, len(data.targets) > len(data.rows)
-    if not first and protocol.metric == "ranking" and targets <= FEW_TARGETS and not several:
+    if not data.is_task_1 and protocol.metric == "ranking" and targets <= FEW_TARGETS and not several:
         yield f"every row has one of {targets} targets: if they are classes, use copies of task 4's scripts ({ADVICE})"
     if protocol.metric == "accuracy" and (several or targets > FEW_TARGETS):
         yield f"rows have some of {targets:,} targets: if they are items, use copies of task 3's scripts ({ADVICE})"
@@ -81,7 +81,7 @@ def standing(ranks: Ranks, protocol: Protocol, popular: float | None) -> str:
 
     `popular`: the baseline's score, if it is known for the split. It says so if the interval reaches that.
     """
-    name, score = next(iter(metrics.score(ranks, protocol).items()))
+    name, score = metrics.first_score(ranks, protocol)
     low, high = metrics.interval([metrics.first_values(ranks, protocol)])
     beaten = "" if popular is None or low > popular else ": no better"
     baseline = "" if popular is None else f" (popularity {popular:.3f}{beaten})"

@@ -4,14 +4,13 @@ import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from conure import checkpoint, processes
 from conure.errors import InputError, NothingToDo
 from conure.files import lock_folder
 from conure.fingerprint import fingerprints
-from conure.settings import of_script, printable
+from conure.settings import ROOT, of_script, printable
 from conure.snapshot import Snapshot
 
 import torch
@@ -172,7 +171,7 @@ class StageFiles:
                 "leave_out",
                 "all_positions",
             )
-        if not (Path(__file__).parents[1] / script).exists() or self.is_last(script):
+        if not (ROOT / script).exists() or self.is_last(script):
             script, shared = "evaluate.py", shared[:1]
         default = type(self.hp)()
         shared = (name for name in shared if hasattr(default, name))  # task 1 has no split_by

@@ -239,7 +239,7 @@ class Run:
             self.results.add(state, split, self.state.epoch, scores[split], self.state.seconds)
         if "popular" not in self.facts:
             popular = ranking.rank_by_popularity(self.data, self.data.splits["test"], self.protocol)
-            self.facts["popular"] = next(iter(metrics.score(popular, self.protocol).values()))
+            _, self.facts["popular"] = metrics.first_score(popular, self.protocol)
         print(f"test, {state}: {standing(ranks['test'], self.protocol, self.facts['popular'])}")
 
     def save(self) -> None:

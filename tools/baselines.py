@@ -179,7 +179,7 @@ class Comparison(study.Study):
     def row(self, method: str, task: int, ranks: Ranks, **costs: float) -> Row:
         """The test score of a task, and the score and user of each example."""
         protocol = self.protocol(task)
-        name, score = next(iter(metrics.score(ranks, protocol).items()))
+        name, score = metrics.first_score(ranks, protocol)
         row = {"method": method, "task": task, "seed": self.seed, "metric": name, "score": score}
         values = metrics.first_values(ranks, protocol)
         return row | {"n": len(values[0])} | costs, values
@@ -192,7 +192,7 @@ class Comparison(study.Study):
         last = {step.task: step for step in self.steps(method)}  # of each task
         for after, step in last.items():
             for task, ranks in self.ranks_of(self.content(step)).items():
-                score = next(iter(metrics.score(ranks, self.protocol(task)).values()))
+                _, score = metrics.first_score(ranks, self.protocol(task))
                 yield {"method": method, "task": task, "after": after, "score": score}
 
     def untrained_ranks(self, method: str, task: int) -> Ranks:

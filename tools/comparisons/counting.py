@@ -56,11 +56,6 @@ def pair_counts(data: TaskData) -> tuple[np.ndarray, Table]:
     return items, Table(*pairs, len(data.items), len(data.target_vocabulary))
 
 
-def frequencies(data: TaskData) -> np.ndarray:
-    """(targets,): the number of training examples of each."""
-    return np.bincount(data.targets[data.splits["train"]], minlength=len(data.target_vocabulary)).astype(float)
-
-
 def markov(data: TaskData) -> Scores:
     """Markov chain: Σ P(t | i) / k over the last ten items i, k = 1 for the last one.
 
@@ -88,7 +83,7 @@ def markov(data: TaskData) -> Scores:
 def cosine(data: TaskData) -> Scores:
     """Σ n(i, t) / √(n(i) n(t)) over the items i of the row; n counts training examples with i, with t, or with both."""
     items, both = pair_counts(data)
-    train, of_target = data.splits["train"], frequencies(data).clip(1)
+    train, of_target = data.splits["train"], data.target_counts().clip(1)
     of_item = np.bincount(items[data.users[train]].ravel(), minlength=len(data.items)).clip(1)
 
     def scores(row: int, seen: int) -> np.ndarray:
@@ -106,7 +101,7 @@ def naive_bayes(data: TaskData) -> Scores:
     items, both = pair_counts(data)
     kinds = np.count_nonzero(only_items(data, np.arange(len(data.items))))
     of_class = np.bincount(both.columns, both.values, both.width) + kinds
-    prior, both.values = np.log1p(frequencies(data)), np.log1p(both.values)
+    prior, both.values = np.log1p(data.target_counts()), np.log1p(both.values)
 
     def scores(row: int, seen: int) -> np.ndarray:
         there = items[row][items[row] > 0]

@@ -73,7 +73,8 @@ class HeadOnly(NextItNet):
     """Trains the head, and the task's update of the item embedding if there is one."""
 
     def train_only(self, stage: Stage) -> list[nn.Parameter]:
-        return only_named(self, lambda name: name.startswith((f"heads.{stage.task}.", f"updates.{stage.task}.")))
+        own = self.own(stage.task)
+        return only_named(self, lambda name: self.get_parameter(name) in own)
 
 
 class Adapter(nn.Module):

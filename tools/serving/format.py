@@ -106,8 +106,7 @@ def build_model(content: dict[str, Any]) -> NextItNet:
             head = f"heads.{task}."
             model.add_head(task, len(state[f"{head}weight"]), bias=f"{head}bias" in state)
         for earlier in range(2, task + 1):
-            if (axes := state.get(f"updates.{earlier}.axes")) is not None:
-                model.add_update(earlier, len(axes))
+            model.restore_update(earlier, state)
     model.load_state_dict(state, assign=True)
     if tied:  # two parameters would take memory twice on a GPU
         model.head(1).weight = model.embedding.weight
