@@ -45,6 +45,7 @@ class Hyperparameters(Running):
     dilations: Dilations = (1, 4, 1, 4, 1, 4, 1, 4)  # one residual block each
     kernel_size: KernelSize = 3  # taps of every convolution
     positional_embedding: bool = False  # add a learned position embedding to the item embedding
+    spectral: bool = ours(True, original=False)  # initialise the item embedding by co-occurrence, not at random
     tied: Tied = ours("auto", original="no")  # tie the head to the item embedding; auto: unless items recur
     negative_fraction: UpTo1 = 0.2  # share of the items sampled as negatives in a step; 1: full softmax
     padding_in_loss: bool = ours(False, original=True)  # have a loss for padding as next item too

@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from conure import initial_model, losses, matmul, training
+from conure import initial_model, losses, matmul, spectral, training
 from conure.losses import Objective
 from conure.processes import Shard
 from conure.samplers import LogUniformSampler, TargetSampler, uniform_probabilities
@@ -370,6 +370,42 @@ def test_l2_holds_an_informed_head_near_its_start():
         torch.testing.assert_close(with_penalty, without + expected)
         with torch.no_grad():
             weight.copy_(start)
+
+
+def rows_of_groups(padding: int) -> np.ndarray:
+    """(200, 30): random items of one of five groups a row, 2..11, 12..21, …, after some padding, and then id 0."""
+    random = np.random.default_rng(1)
+    rows = 2 + 10 * random.integers(5, size=(200, 1)) + random.integers(10, size=(200, 30))
+    rows[np.arange(30) < random.integers(0, 20, 200)[:, None]] = padding
+    rows[:, -1] = 0
+    return rows.astype(np.int32)
+
+
+def test_leading_eigenvectors_are_those_of_the_normalised_co_occurrence_matrix():
+    rows, size = rows_of_groups(padding=1), 60
+    matrix = np.zeros((size, size))
+    for row in rows.tolist():
+        for first, second in ((a, b) for a in range(30) for b in range(30) if 0 < abs(a - b) <= 10):
+            matrix[row[first], row[second]] += 1 / abs(first - second)
+    matrix[:2] = matrix[:, :2] = 0
+    degrees = matrix.sum(axis=1)
+    scale = np.divide(1, np.sqrt(degrees), where=degrees > 0, out=np.zeros(size))
+    _, expected = np.linalg.eigh(scale[:, None] * matrix * scale)  # by rising eigenvalue
+    found = spectral.leading_eigenvectors(rows, size, 5, [0, 1], torch.device("cpu")).numpy()
+    overlap = expected[:, -5:].T @ found
+    np.testing.assert_allclose(overlap @ overlap.T, np.eye(5), atol=1e-4)
+    assert not found[degrees == 0].any() and (degrees == 0).sum() == 10
+
+
+def test_the_spectral_embedding_is_of_the_items_in_training_rows():
+    rows, model = rows_of_groups(padding=51), NextItNet(items=62, channels=8, dilations=[1], kernel_size=3)
+    rows[3, 10:20], rows[4, 10:20] = 60, 61  # an item of a training row, and one of a held-out row alone
+    train, before = np.delete(np.arange(200), 4), model.embedding.weight.detach().clone()
+    data = SimpleNamespace(rows=rows, users=np.arange(200), splits={"train": train}, padding_id=51)
+    initial_model.spectral_embedding(model, data)
+    changed = (model.embedding.weight != before).any(dim=1)
+    assert set(changed.nonzero().squeeze(1).tolist()) == set(np.unique(rows[train]).tolist()) - {0, 51}
+    assert model.embedding.weight[changed].square().mean().sqrt().item() == pytest.approx(0.06, rel=0.01)
 
 
 def plain_sampled_softmax(hidden, labels, left_out, head, negatives, label_counts, negative_counts):

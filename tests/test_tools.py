@@ -24,7 +24,7 @@ from tools import baselines
 from tools.comparisons import counting
 
 SMALL = ["--first_epochs", "3", "--epochs", "2", "--channels", "8", "--dilations", "1", "--device", "cpu"]
-SMALL += ["--first_ret_epochs", "3", "--ret_epochs", "2", "--class_ret_epochs", "2"]
+SMALL += ["--first_ret_epochs", "3", "--ret_epochs", "2", "--class_epochs", "2", "--class_ret_epochs", "2"]
 
 
 @pytest.fixture(scope="module")

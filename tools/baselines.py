@@ -25,9 +25,10 @@ One model for all tasks:
   Conure           the eight scripts
 
 Other methods train a task for as many epochs as Conure's tp and ret together, with the same learning rate, batch size
-and loss. FineAll, FineHead, MTL and PeterRec use SinMo's model for task 1. A method that starts from a model of task 1
-learns each later task twice, with the scripts' head and with a random one, and keeps the better by validation; seconds
-count that one alone.
+and loss. New models but random_backbone start with a spectral item embedding, from the rows of their own task. FineAll,
+FineHead, MTL and PeterRec use SinMo's model for task 1. A method that starts from a model of task 1 learns each later
+task twice, with the scripts' head and with a random one, and keeps the better by validation; seconds count that one
+alone.
 
 READS  the task files in data_dir; the comparison ends before the first missing one
 WRITES to output_dir: a folder per seed and method, from which an interrupted run resumes; baselines.csv, a row per
@@ -119,8 +120,8 @@ class Comparison(study.Study):
             hp.epochs = max(hp.epochs, math.ceil(wanted / self.steps_per_epoch(step.task, hp.batch_size)))
         if step.head == "random":
             hp.informed_head = False
-        if step.network is networks.HeadOnly:  # the embedding is frozen, so task 1 needs a head of its own
-            hp.tied = "no"
+        if step.network is networks.HeadOnly:  # the embedding stays frozen: random, and apart from the head
+            hp.tied, hp.spectral = "no", False
         network = step.network
         if network is SASRec:
             hp.positional_embedding, network = True, partial(SASRec, padding=data.padding_id)

@@ -28,7 +28,7 @@ from pruning import Stage
 
 T = TypeVar("T")
 
-ARCHITECTURE = ("kernel_size", "positional_embedding", "tied")  # settings that only conure_tp_t1.py has
+ARCHITECTURE = ("kernel_size", "positional_embedding", "spectral", "tied")  # settings that only conure_tp_t1.py has
 METRIC = {4: "accuracy"}  # of the tasks that are not evaluated by ranking, as in their scripts
 
 
@@ -43,12 +43,13 @@ class Settings:
     dilations: Dilations = (1, 4, 1, 4)  # one residual block each
     first_epochs: Count = 30  # epochs of task 1 in tp
     first_ret_epochs: Count = 6  # epochs of task 1 in ret
-    epochs: Count = 4  # epochs of tasks 2 to 4 in tp
+    epochs: Count = 4  # epochs of tasks 2 and 3 in tp
     ret_epochs: Count = 12  # epochs of tasks 2 and 3 in ret
     batch_size: Count = 512  # of tasks 2 and 3, in examples
     learning_rate: Positive = 3e-3  # of Adam in tasks 2 and 3
     later_test_fraction: Share = 0.2  # share held out in tasks 2 to 4; 0.9 leaves a tenth of the examples for training
-    class_ret_epochs: Count = 4  # epochs of task 4 in ret
+    class_epochs: Count = 10  # epochs of task 4 in tp
+    class_ret_epochs: Count = 10  # epochs of task 4 in ret
     class_batch_size: Count = 128  # of task 4, in examples
     class_learning_rate: Positive = 1e-3  # of Adam in task 4
 
@@ -88,7 +89,7 @@ class Study:
         else:
             values["test_fraction"] = hp.later_test_fraction
             kind = "class_" if task in METRIC else ""
-            values["epochs"] = hp.epochs if mode == "tp" else getattr(hp, f"{kind}ret_epochs")
+            values["epochs"] = getattr(hp, kind + ("epochs" if mode == "tp" else "ret_epochs"))
             values |= {name: getattr(hp, kind + name) for name in ("batch_size", "learning_rate")}
         return SimpleNamespace(**values | changes)
 
