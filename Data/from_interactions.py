@@ -33,7 +33,9 @@ import pandas as pd
 
 from Data import tables
 from Data.task_files import (
+    TaskFile,
     file_of,
+    print_files,
     print_next_steps,
     print_serving_step,
     refuse_what_is_there,
@@ -94,17 +96,6 @@ class Histories:
     ends: list[np.ndarray]  # per order column, (U,): its value in the last row of the sequence
     items: int  # number of distinct items in all sequences
     later: Rows  # of the table of interactions, strictly later than the histories
-
-
-@dataclass
-class TaskFile:
-    """The lines of one file without the sequences, and its counts for the report."""
-
-    name: str
-    users: np.ndarray  # (lines,) places in `Histories.users`
-    targets: list[str]  # (lines,) text after the sequence; empty in task 1
-    rows: int  # number of items in the sequences, or of targets
-    distinct: int  # number of distinct ones
 
 
 def task_of(text: str) -> Task:
@@ -309,18 +300,6 @@ def written(files: list[TaskFile], histories: Histories) -> dict[str, Iterable[s
         contents[file_of(file.name)] = (histories.sequences[user] + targets for user, targets in lines)
         contents[users_of(file.name)] = histories.users[file.users]
     return contents
-
-
-def print_files(files: list[TaskFile], lengths: np.ndarray) -> None:
-    """`lengths` (U,): items in the sequence of each user."""
-    rows = []
-    for file in files:
-        name, items = file_of(file.name).removeprefix("original_desen_"), lengths[np.unique(file.users)]
-        rows.append([name, len(items), file.rows, file.distinct, np.median(items), items.max()])
-    columns = ["original_desen_…", "users", "rows", "distinct", "median", "longest"]
-    table = pd.DataFrame(rows, range(1, len(rows) + 1), columns)
-    print(f"\n{table.to_string(formatters=dict.fromkeys(columns[1:], '{:,.12g}'.format))}")
-    print("rows: items of the sequences, or targets; median, longest: items in a sequence\n")
 
 
 def main(hp: Hyperparameters) -> None:

@@ -1,16 +1,31 @@
-"""Names and writing of the task files, and which script reads which of them."""
+"""Names, counts and writing of the task files, and which script reads which of them."""
 
 import shlex
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from conure.errors import InputError
 from conure.files import whole_file
 
+import numpy as np
+import pandas as pd
+
 SESSION = Path(__file__).resolve().parent / "Session"  # where the scripts read by default
 SCRIPTS = ("pretrain", "click", "like", "gender")  # the files that conure_tp_t1.py, …, conure_tp_t4.py read by default
 CLASSES = "gender"  # the one of these whose script learns classes
 LONG_NAMES = {"click": "finetune_click_nouserID", "like": "finetune_like_nouserID"}  # the original's
+
+
+@dataclass
+class TaskFile:
+    """The lines of one file without the sequences, and its counts for the report."""
+
+    name: str
+    users: np.ndarray  # (lines,) the number of each line's user
+    targets: list[str]  # (lines,) text after the sequence; empty in task 1
+    rows: int  # number of items in the sequences, or of targets
+    distinct: int  # number of distinct ones
 
 
 def file_of(name: str) -> str:
@@ -40,6 +55,18 @@ def write_files(folder: str, files: dict[str, Iterable[str]]) -> None:
     for file_name, lines in files.items():
         with whole_file(str(Path(folder) / file_name)) as file:
             file.writelines(f"{line}\n".encode() for line in lines)
+
+
+def print_files(files: list[TaskFile], lengths: np.ndarray) -> None:
+    """`lengths` (U,): items in the sequence of each user."""
+    rows = []
+    for file in files:
+        name, items = file_of(file.name).removeprefix("original_desen_"), lengths[np.unique(file.users)]
+        rows.append([name, len(items), file.rows, file.distinct, np.median(items), items.max()])
+    columns = ["original_desen_…", "users", "rows", "distinct", "median", "longest"]
+    table = pd.DataFrame(rows, range(1, len(rows) + 1), columns)
+    print(f"\n{table.to_string(formatters=dict.fromkeys(columns[1:], '{:,.12g}'.format))}")
+    print("rows: items of the sequences, or targets; median, longest: items in a sequence\n")
 
 
 def print_next_steps(folder: str, names: Sequence[str], classes: Collection[str]) -> None:
