@@ -11,24 +11,21 @@ from test_scripts import refused
 
 
 def test_two_folders_are_compared_example_by_example(chain, chain_copy, run_here):
-    """Two chains that differ in ret of task 4 alone."""
-    other = ["--seed", "11", "--learning_rate", "1e-2", "--overwrite"]
-    assert run_here("conure_ret_t4.py", *flags(chain_copy, 4), *chain_settings(4, "ret")[:4], *other)[0] == 0
+    """The copy differs in task 4 alone, of which it gets nothing right."""
+    content, _ = checkpoint.load(str(chain_copy / "checkpoints" / "ret_t4.pt"))
+    accuracy = content["tasks"][4]["results"]["ret"]["test"]["accuracy"]
+    content["tasks"][4]["ranks"]["ranks"].fill_(2)
+    checkpoint.save(str(chain_copy / "checkpoints" / "ret_t4.pt"), content)
     folders = [str(folder / "checkpoints") for folder in (chain[0], chain_copy)]
-    code, output, _ = run_here("tools.compare", *folders)
-    lines = [re.search(r"b - a (\S+) \[(\S+), (\S+)\], (.*) users: (.*)", line) for line in output.splitlines()]
-    assert code == 0 and len(lines) == 4
-    for line in lines[:3]:
-        assert line.groups()[:3] == ("+0.0000",) * 3 and line[5] == "no difference that this test part shows"
-    records = [checkpoint.load(f"{folder}/ret_t4.pt")[0]["tasks"][4] for folder in folders]
-    scores = [record["results"]["ret"]["test"]["accuracy"] for record in records]
-    difference, low, high = map(float, lines[3].groups()[:3])
-    assert difference == pytest.approx(scores[1] - scores[0], abs=1e-4) and difference != 0
-    assert low < difference < high and lines[3][4] == "150"
-    assert low <= 0 <= high or ("better" in lines[3][5])
-    code, output, _ = run_here("tools.compare", *folders[::-1])
-    back = re.search(r"task 4.* b - a (\S+) ", output)
-    assert float(back[1]) == -difference
+    for order, sign, verdict in ((folders, -1, "a is better"), (folders[::-1], 1, "b is better")):
+        code, output, _ = run_here("tools.compare", *order)
+        lines = [re.search(r"b - a (\S+) \[(\S+), (\S+)\], (.*) users: (.*)", line) for line in output.splitlines()]
+        assert code == 0 and len(lines) == 4
+        for line in lines[:3]:
+            assert line.groups()[:3] == ("+0.0000",) * 3 and line[5] == "no difference that this test part shows"
+        difference, low, high = map(float, lines[3].groups()[:3])
+        assert difference == pytest.approx(sign * accuracy, abs=1e-4) and low < difference < high
+        assert lines[3].groups()[3:] == ("150", verdict)
 
 
 def test_chains_with_different_leave_out_are_compared_by_raw_ranks(chain, chain_copy, run_here):
@@ -43,15 +40,6 @@ def test_chains_with_different_leave_out_are_compared_by_raw_ranks(chain, chain_
     first, second = output.splitlines()
     assert code == 0 and first.startswith("task 1, mrr@5_all: ") and "b - a +0.0000 [" in first
     assert second.startswith(f"task 2, mrr@5_raw: a {raw[0]:.4f}, b {raw[1]:.4f}, ")
-
-
-def test_the_better_one_is_named(chain, chain_copy, run_here):
-    content, _ = checkpoint.load(str(chain_copy / "checkpoints" / "ret_t4.pt"))
-    content["tasks"][2]["ranks"]["ranks"].fill_(6)
-    checkpoint.save(str(chain_copy / "checkpoints" / "ret_t4.pt"), content)
-    folders = [str(folder / "checkpoints") for folder in (chain[0], chain_copy)]
-    for order, better in ((folders, "a is better"), (folders[::-1], "b is better")):
-        assert run_here("tools.compare", *order)[1].splitlines()[1].endswith(f": {better}")
 
 
 def test_tasks_with_different_metrics_are_not_compared(chain, chain_copy, run_here):
