@@ -176,10 +176,11 @@ class ResidualBlock(nn.Module):
         return x[block_plan.residual] + self.dropout(outer)
 
 
-class LowRankUpdate(nn.Module):
-    """A later task's low-rank update of the item embedding: rows (items, rank) @ axes (rank, C). Starts at zero.
+class LowRankTable(nn.Module):
+    """A table of the items, rows (items, rank) @ axes (rank, C), that starts at zero.
 
-    Low-rank adaptation (LoRA, Hu et al., ICLR 2022): the embedding itself is frozen after task 1.
+    As an update of the item embedding it is a low-rank adaptation (LoRA, Hu et al., ICLR 2022): the embedding itself is
+    frozen after task 1.
     """
 
     def __init__(self, items: int, rank: int, channels: int):
@@ -189,6 +190,23 @@ class LowRankUpdate(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.rows) @ self.axes  # (…, C)
+
+
+class Readout(nn.Module):
+    """A later task's user representation: layer norm of the last hidden state plus a sum over the items of the row.
+
+    The last state favours the latest items, as task 1 needs; the sum counts all of them alike.
+    """
+
+    def __init__(self, items: int, rank: int, channels: int):
+        super().__init__()
+        self.items = LowRankTable(items, rank, channels)
+        self.register_buffer("scale", torch.ones(()))  # not trained: it would grow, and overfit
+
+    def forward(self, last: Tensor, ids: Tensor) -> Tensor:
+        """(B, C), (B, T) → (B, C)."""
+        x = last + self.items(ids).sum(dim=1) / ids.shape[1] ** 0.5
+        return F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS) * self.scale
 
 
 class NextItNet(nn.Module):
@@ -225,6 +243,7 @@ class NextItNet(nn.Module):
         self.blocks = nn.ModuleList(ResidualBlock(channels, kernel_size, self.dropout) for _ in dilations)
         self.compiled: Callable[..., Tensor] | None = None  # `states` by torch.compile, for training only
         self.updates = nn.ModuleDict()  # of the item embedding; the key is the task number as a string
+        self.readouts = nn.ModuleDict()  # same keys
         self.heads = nn.ModuleDict()  # same keys
         self.anchors: dict[int, Tensor] = {}  # task → the weight that L2-SP pulls its head towards; not saved
         self.add_head(1, items)
@@ -248,12 +267,18 @@ class NextItNet(nn.Module):
 
     def add_update(self, task: int, rank: int) -> None:
         """Adds a low-rank update of the item embedding: the task trains it, and later tasks read it too."""
-        self.updates[str(task)] = LowRankUpdate(self.architecture["items"], rank, self.architecture["channels"])
+        self.updates[str(task)] = LowRankTable(self.architecture["items"], rank, self.architecture["channels"])
 
-    def restore_update(self, task: int, state: dict[str, Tensor]) -> None:
-        """Adds the task's update if a state dict has one, for load_state_dict to fill."""
+    def add_readout(self, task: int, rank: int) -> None:
+        """Adds a readout, which the task alone trains and reads; without one it reads the last hidden state."""
+        self.readouts[str(task)] = Readout(self.architecture["items"], rank, self.architecture["channels"])
+
+    def restore(self, task: int, state: dict[str, Tensor]) -> None:
+        """Adds the update and the readout of a task that a state dict has, for load_state_dict to fill."""
         if (axes := state.get(f"updates.{task}.axes")) is not None:
             self.add_update(task, len(axes))
+        if (axes := state.get(f"readouts.{task}.items.axes")) is not None:
+            self.add_readout(task, len(axes))
 
     def embedded(self, ids: Tensor, stage: Stage) -> Tensor:
         """Item embeddings (…, C) with the updates of tasks 2..k, for a stage of task k."""
@@ -285,20 +310,22 @@ class NextItNet(nn.Module):
         return self.dropout(x)
 
     def user_representation(self, ids: Tensor, stage: Stage) -> Tensor:
-        """(B, C): the last hidden state, the only one that depends on the last item."""
-        return self(ids, stage, last_only=True)[:, 0]
+        """(B, C): the last hidden state, the only one that depends on the last item; of a later task its readout."""
+        last, task = self(ids, stage, last_only=True)[:, 0], str(stage.task)
+        return self.readouts[task](last, ids) if task in self.readouts else last
 
     def scores(self, ids: Tensor, stage: Stage) -> Tensor:
         """(B, items or classes of the task)."""
         return self.head(stage.task)(self.user_representation(ids, stage))
 
     def own(self, task: int) -> set[nn.Parameter]:
-        """Parameters that the task owns as a whole: its head, and its update of the item embedding if it has one."""
-        modules = (group[str(task)] for group in (self.heads, self.updates) if str(task) in group)
+        """Parameters that the task owns as a whole: its head, and its update and readout if it has them."""
+        groups = (self.heads, self.updates, self.readouts)
+        modules = (group[str(task)] for group in groups if str(task) in group)
         return {parameter for module in modules for parameter in module.parameters()}
 
     def tables(self, task: int) -> set[nn.Parameter]:
-        """Parameters with a row per item or class, most untouched by a batch: embedding, the task's update and head."""
+        """Item embedding and what the task owns as a whole, mostly tables whose rows a batch seldom touches."""
         return {self.embedding.weight, *self.own(task)}
 
     def train_only(self, stage: Stage) -> list[nn.Parameter]:

@@ -5,7 +5,7 @@
     identity      what determines the result: hyperparameters, digests of data, vocabulary and the checkpoint before
     lineage       digests of all ancestors, by file name
     architecture  the arguments of NextItNet
-    model         state dict on the CPU: weights, owner maps, updates, heads
+    model         state dict on the CPU: weights, owner maps, updates, readouts, heads
     items         the item vocabulary, as one uint8 tensor
     tasks         for each task learned so far: its data, row length, targets, prune ratio, hyperparameters,
                   results, and the fingerprint of everything that it reads
@@ -37,7 +37,7 @@ import torch
 from nextitnet import NextItNet
 from pruning import Stage
 
-FORMAT = 7
+FORMAT = 8
 
 
 def snapshot_of(path: str) -> str:
@@ -209,7 +209,7 @@ def build_model(content: dict[str, Any], network: type[NextItNet] = NextItNet) -
     for task, record in content["tasks"].items():
         if task > 1:
             model.add_head(task, record["target_count"], bias=f"heads.{task}.bias" in content["model"])
-        model.restore_update(task, content["model"])
+        model.restore(task, content["model"])
     try:
         model.load_state_dict(content["model"])
     except RuntimeError:

@@ -2,7 +2,7 @@
 
 from conure import checkpoint, spectral
 from conure.errors import InputError
-from conure.ranking import ModelScorer, Ranker, recurring
+from conure.ranking import EVALUATION_BATCH, ModelScorer, Ranker, recurring
 from conure.stage_files import StageFiles
 
 import numpy as np
@@ -37,8 +37,11 @@ def initial_model(files: StageFiles, device: torch.device, of_classes: bool) -> 
     if mode == "tp" and task > 1:
         check_capacity(model, task, files.prune_ratios())
         model.add_head(task, len(data.target_vocabulary))
+        channels = model.architecture["channels"]
         if hp.lora_rank:
-            model.add_update(task, min(hp.lora_rank, model.architecture["channels"]))
+            model.add_update(task, min(hp.lora_rank, channels))
+        if hp.readout_rank:
+            model.add_readout(task, min(hp.readout_rank, channels))
     model.to(device)
     if files.before is None and hp.spectral:
         spectral_embedding(model, data)
@@ -47,6 +50,8 @@ def initial_model(files: StageFiles, device: torch.device, of_classes: bool) -> 
         informed = files.tasks[task]["informed"]
     else:
         informed = task > 1 and hp.informed_head and inform(model, data, files.stage, device, of_classes)
+        if informed and str(task) in model.readouts:
+            scale_readout(model, data, files.stage, device)
     if informed:
         anchor(model, data, task)
     return model, informed
@@ -90,6 +95,17 @@ def check_capacity(model: NextItNet, task: int, ratios: list[float]) -> None:
         f"capacity: {sum(free):,} of {total:,} conv weights are free ({share:.2%}); after pruning, task {task} keeps "
         f"{sum(kept):,} of them"
     )
+
+
+@torch.no_grad()
+def scale_readout(model: NextItNet, data: TaskData, stage: Stage, device: torch.device) -> None:
+    """Makes the readout half as large as the last hidden states, the size that task 1's rows in the head expect.
+
+    Half, because the targets of a later task are less certain than the next item.
+    """
+    rows = np.unique(data.users[data.splits["train"][:EXAMPLES_TO_COMPARE]])[:EVALUATION_BATCH]
+    states = model.eval()(torch.from_numpy(data.rows[rows]).long().to(device), stage, last_only=True)[:, 0]
+    model.readouts[str(stage.task)].scale.fill_(states.std(dim=1).mean() / 2)
 
 
 def items_of_targets(data: TaskData) -> Tensor:

@@ -27,6 +27,7 @@ def small_model(positions: int = 0, tasks: int = 3) -> NextItNet:
     for task in range(2, tasks + 1):
         model.add_head(task, 7)
         model.add_update(task, rank=4)
+        model.add_readout(task, rank=3)
     return model
 
 
@@ -171,7 +172,8 @@ def test_a_step_changes_only_the_weights_of_its_stage(stage, precision):
         adam.zero_grad()
         objective(batch_of(torch.randint(50, (4, 12)), torch.randint(1, 7, (4,)))).backward()
         adam.step()
-    after, own = model.state_dict(), ("heads.2.weight", "updates.2.rows", "updates.2.axes")
+    tables = (f"{table}.{part}" for table in ("updates.2", "readouts.2.items") for part in ("rows", "axes"))
+    after, own = model.state_dict(), ("heads.2.weight", *tables)
     for name, value in before.items():
         if name.endswith(("conv1.weight", "conv2.weight")):
             _, trained = pruning.used_and_trained(before[name.replace("weight", "owner")], stage)
@@ -197,6 +199,20 @@ def test_a_task_reads_the_embedding_updates_of_itself_and_earlier_tasks():
     with torch.no_grad():
         model.embedding.weight += change
     torch.testing.assert_close(model(ids, stages[0]), third[2], rtol=0, atol=1e-4)
+
+
+def test_a_readout_sums_the_items_and_normalises():
+    """A task has its own, and task 1 none."""
+    model, ids = small_model(), torch.randint(50, (4, 12))
+    readout, last = model.readouts["2"], model(ids, Stage(2, "inference"))[:, -1]
+    torch.nn.init.normal_(readout.items.rows)
+    readout.scale.fill_(0.5)
+    counts = F.one_hot(ids, 50).sum(dim=1).float()
+    expected = F.layer_norm(last + counts @ readout.items.rows @ readout.items.axes / 12**0.5, (8,), eps=1e-8) / 2
+    torch.testing.assert_close(model.user_representation(ids, Stage(2, "inference")), expected, rtol=0, atol=1e-4)
+    for task, unsummed in ((1, last), (3, F.layer_norm(last, (8,), eps=1e-8))):
+        own = model.user_representation(ids, Stage(task, "inference"))
+        torch.testing.assert_close(own, unsummed, rtol=0, atol=1e-4)
 
 
 def test_a_tied_head_is_the_item_embedding_and_freezes_with_it():

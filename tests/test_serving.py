@@ -76,8 +76,9 @@ def test_a_serving_file_has_nothing_of_other_tasks(chain, serving):
     path = serving(2)
     content, _ = files.load_sealed(str(path))
     model, owned = model_of(chain), 0
-    own = {"heads.2.weight", "heads.2.bias", "updates.2.rows", "updates.2.axes"}
-    assert {name for name in content["weights"] if name.startswith(("heads", "updates"))} == own
+    tables = {f"{table}.{part}" for table in ("updates.2", "readouts.2.items") for part in ("rows", "axes")}
+    own = {"heads.2.weight", "heads.2.bias", "readouts.2.scale"} | tables
+    assert {name for name in content["weights"] if name.startswith(("heads", "updates", "readouts"))} == own
     for name, layer in content["conv"].items():
         owner = model.get_submodule(name).owner
         owned += int(((owner == 1) | (owner == 2)).sum())

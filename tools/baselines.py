@@ -22,10 +22,12 @@ One model for all tasks:
   random_head      Conure with randomly initialised heads
   frozen_head      Conure, where tasks 2 and 3 use task 1's head without training it
   frozen_embedding Conure without updates of the item embedding
+  no_readout       Conure, where tasks 2 to 4 read the last hidden state
   Conure           the eight scripts
 
 Other methods train a task for as many epochs as Conure's tp and ret together, with the same learning rate, batch size
-and loss. New models but random_backbone start with a spectral item embedding, from the rows of their own task. FineAll,
+and loss. New models but random_backbone start with a spectral item embedding, from the rows of their own task. All networks but
+SASRec, random_backbone, FineHead and PeterRec read tasks 2 to 4 through readouts like Conure's. FineAll,
 FineHead, MTL and PeterRec use SinMo's model for task 1. A method that starts from a model of task 1 learns each later
 task twice, with the scripts' head and with a random one, and keeps the better by validation; seconds count that one
 alone.
@@ -114,6 +116,8 @@ class Comparison(study.Study):
             hp.epochs += self.settings(step.task, "ret").epochs
             if step.task > 1:
                 hp.lora_rank = 0  # such methods train the embedding itself, or freeze it
+        if step.network in (networks.Adapted, networks.HeadOnly, SASRec):
+            hp.readout_rank = 0
         if step.beside == "task 1":  # with task 1's optimiser settings, and at least as many of its batches
             hp.table_rate, hp.dropout, hp.decay = first.table_rate, first.dropout, first.decay
             wanted = first.epochs * self.steps_per_epoch(1, first.batch_size)
@@ -228,7 +232,7 @@ def bytes_to_serve(served: Iterable[tuple[dict[str, Any], set[int]]]) -> int:
     needed = {}
     for content, tasks in served:
         for name, tensor in content["model"].items():
-            of_another = name.startswith("heads.") and int(name.split(".")[1]) not in tasks
+            of_another = name.startswith(("heads.", "readouts.")) and int(name.split(".")[1]) not in tasks
             unused = name.endswith(".owner") and not tensor.any()  # never pruned
             if not of_another and not unused:
                 data = tensor.contiguous().view(-1).view(torch.uint8).numpy()

@@ -5,7 +5,16 @@ from dataclasses import dataclass, replace
 
 from nextitnet import NextItNet
 from pruning import Stage
-from tools.comparisons.networks import Adapted, AllHeads, FrozenEmbedding, FrozenHead, HeadOnly, Joint, Unprotected
+from tools.comparisons.networks import (
+    Adapted,
+    AllHeads,
+    FrozenEmbedding,
+    FrozenHead,
+    HeadOnly,
+    Joint,
+    NoReadout,
+    Unprotected,
+)
 from tools.comparisons.sasrec import SASRec
 
 TASKS = (1, 2, 3, 4)
@@ -31,7 +40,7 @@ class Step:
 
     @property
     def prunes(self) -> bool:
-        return self.network in (NextItNet, FrozenHead, FrozenEmbedding)
+        return self.network in (NextItNet, FrozenHead, FrozenEmbedding, NoReadout)
 
     def variants(self) -> list["Step"]:
         """The step with either initial head, of which the better counts. Conure and its ablations have one variant."""
@@ -81,6 +90,7 @@ METHODS = {
     "random_head": chain("random_head", LATER_STAGES, CONURE[:2], head="random"),
     "frozen_head": chain("frozen_head", LATER_STAGES, CONURE[:2], network=FrozenHead),
     "frozen_embedding": chain("frozen_embedding", LATER_STAGES, CONURE[:2], network=FrozenEmbedding),
+    "no_readout": chain("no_readout", LATER_STAGES, CONURE[:2], network=NoReadout),
     "Conure": CONURE,
 }
 # Methods whose last model serves all tasks; the others keep a model, or a part of one, for each task.
@@ -93,6 +103,7 @@ CHAINS = (
     "random_head",
     "frozen_head",
     "frozen_embedding",
+    "no_readout",
     "Conure",
 )
 FORGETTING = ("SinMoAll", "LwF", "replay", "Conure")  # methods in the forgetting table

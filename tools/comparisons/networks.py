@@ -28,11 +28,12 @@ def only_named(model: nn.Module, chosen: Callable[[str], bool]) -> list[nn.Param
 
 
 class Unprotected(NextItNet):
-    """Trains all weights but the heads of other tasks. It is never pruned, so all weights stay free."""
+    """Trains all weights but what other tasks own. It is never pruned, so all weights stay free."""
 
     def train_only(self, stage: Stage) -> list[nn.Parameter]:
-        own = f"heads.{stage.task}."
-        return only_named(self, lambda name: not name.startswith("heads.") or name.startswith(own))
+        others = {each for task in self.heads if int(task) != stage.task for each in self.own(int(task))}
+        others -= {self.embedding.weight}  # task 1's head may be tied to it
+        return only_named(self, lambda name: self.get_parameter(name) not in others)
 
 
 class AllHeads(NextItNet):
@@ -66,6 +67,13 @@ class FrozenEmbedding(NextItNet):
     """Conure without updates of the item embedding."""
 
     def add_update(self, task: int, rank: int) -> None:
+        pass
+
+
+class NoReadout(NextItNet):
+    """Conure without readouts: its heads read the last hidden state."""
+
+    def add_readout(self, task: int, rank: int) -> None:
         pass
 
 

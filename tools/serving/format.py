@@ -4,8 +4,8 @@
     task, metric, leave_out   the task, how it is evaluated, and which targets its ranks leave out
     architecture   arguments of NextItNet
     length         items in a row: shorter rows are padded on the left, longer ones lose their oldest items
-    weights        embedding, its updates by tasks 2 to this one, position embedding, layer norms, and the task's head
-                   unless it is tied to the embedding
+    weights        embedding, its updates by tasks 2 to this one, position embedding, layer norms, and the task's readout
+                   and head, unless that is tied to the embedding
     conv           per conv layer: shape, mask of the weights that the task reads (one bit each), and these weights
     items, targets vocabularies, each as one uint8 tensor
 
@@ -27,7 +27,7 @@ import torch
 import pruning
 from nextitnet import NextItNet
 
-FORMAT = 4
+FORMAT = 5
 
 
 def path_of(folder: str, task: int) -> str:
@@ -43,7 +43,7 @@ def extract(content: dict[str, Any], task: int, dtype: torch.dtype) -> dict[str,
         weight = state.pop(f"{name}.weight")
         bits = torch.from_numpy(np.packbits(readable.numpy()))
         conv[name] = {"shape": list(weight.shape), "readable": bits, "weights": weight[readable].to(dtype)}
-    unread = [f"heads.{other}." for other in content["tasks"] if other != task]
+    unread = [f"{group}.{other}." for other in content["tasks"] if other != task for group in ("heads", "readouts")]
     unread += [f"updates.{later}." for later in content["tasks"] if later > task]
     unread += ["heads.1.weight"] * content["architecture"]["tied"]
     return {
@@ -106,7 +106,7 @@ def build_model(content: dict[str, Any]) -> NextItNet:
             head = f"heads.{task}."
             model.add_head(task, len(state[f"{head}weight"]), bias=f"{head}bias" in state)
         for earlier in range(2, task + 1):
-            model.restore_update(earlier, state)
+            model.restore(earlier, state)
     model.load_state_dict(state, assign=True)
     if tied:  # two parameters would take memory twice on a GPU
         model.head(1).weight = model.embedding.weight
