@@ -24,7 +24,7 @@ class Hyperparameters(Running):
     group_by_user: bool = ours(True, original=False)  # keep a user's examples together, so a step encodes the user once
     epochs: Count = 50  # passes over the training examples
     learning_rate: Positive = 1e-4  # of Adam
-    table_rate: Positive = 1.0  # learning-rate multiplier of head and update
+    table_rate: Positive = 1.0  # learning-rate multiplier of head, update and readout
     decay: bool = False  # decay the learning rates linearly to 0 at the last step
     average_last: Below1 = ours(0.5, original=0.0)  # share of the steps, at the end, over which weights are averaged
     beta1: Below1 = 0.9  # of Adam

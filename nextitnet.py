@@ -1,4 +1,4 @@
-"""NextItNet, the dilated causal CNN that all tasks share, with one head for each task.
+"""NextItNet, the dilated causal CNN that all tasks share, with a head for each task and a readout for each later one.
 
 Backbone: Yuan et al., "A Simple Convolutional Generative Network for Next Item Recommendation" (WSDM 2019), residual
 block (b). Heads: the Conure paper, section 3.2. Inside the blocks activations are (time, batch, channels).
@@ -177,7 +177,7 @@ class ResidualBlock(nn.Module):
 
 
 class LowRankTable(nn.Module):
-    """A table of the items, rows (items, rank) @ axes (rank, C), that starts at zero.
+    """A table with a row per item, rows (items, rank) @ axes (rank, C). Starts at zero.
 
     As an update of the item embedding it is a low-rank adaptation (LoRA, Hu et al., ICLR 2022): the embedding itself is
     frozen after task 1.
@@ -193,19 +193,21 @@ class LowRankTable(nn.Module):
 
 
 class Readout(nn.Module):
-    """A later task's user representation: layer norm of the last hidden state plus a sum over the items of the row.
+    """A later task's user representation: `scale` times the layer norm of (last hidden state + sum over the items).
 
-    The last state favours the latest items, as task 1 needs; the sum counts all of them alike.
+    The last state favours the latest items, as task 1 needs; the sum counts all alike. Padding and separator count too,
+    which tells how many items there are.
     """
 
     def __init__(self, items: int, rank: int, channels: int):
         super().__init__()
-        self.items = LowRankTable(items, rank, channels)
+        self.table = LowRankTable(items, rank, channels)
         self.register_buffer("scale", torch.ones(()))  # not trained: it would grow, and overfit
 
     def forward(self, last: Tensor, ids: Tensor) -> Tensor:
         """(B, C), (B, T) → (B, C)."""
-        x = last + self.items(ids).sum(dim=1) / ids.shape[1] ** 0.5
+        summed = F.embedding(ids, self.table.rows).sum(dim=1) @ self.table.axes
+        x = last + summed / ids.shape[1] ** 0.5  # a sum of unrelated rows grows with the root of their number
         return F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS) * self.scale
 
 
@@ -270,14 +272,14 @@ class NextItNet(nn.Module):
         self.updates[str(task)] = LowRankTable(self.architecture["items"], rank, self.architecture["channels"])
 
     def add_readout(self, task: int, rank: int) -> None:
-        """Adds a readout, which the task alone trains and reads; without one it reads the last hidden state."""
+        """Adds a readout, which the task alone trains and reads."""
         self.readouts[str(task)] = Readout(self.architecture["items"], rank, self.architecture["channels"])
 
-    def restore(self, task: int, state: dict[str, Tensor]) -> None:
-        """Adds the update and the readout of a task that a state dict has, for load_state_dict to fill."""
+    def add_stored(self, task: int, state: dict[str, Tensor]) -> None:
+        """Adds the task's update and readout, if a state dict has them, for load_state_dict to fill."""
         if (axes := state.get(f"updates.{task}.axes")) is not None:
             self.add_update(task, len(axes))
-        if (axes := state.get(f"readouts.{task}.items.axes")) is not None:
+        if (axes := state.get(f"readouts.{task}.table.axes")) is not None:
             self.add_readout(task, len(axes))
 
     def embedded(self, ids: Tensor, stage: Stage) -> Tensor:
@@ -310,7 +312,7 @@ class NextItNet(nn.Module):
         return self.dropout(x)
 
     def user_representation(self, ids: Tensor, stage: Stage) -> Tensor:
-        """(B, C): the last hidden state, the only one that depends on the last item; of a later task its readout."""
+        """(B, C): the task's readout, or if it has none the last hidden state, the one that depends on all items."""
         last, task = self(ids, stage, last_only=True)[:, 0], str(stage.task)
         return self.readouts[task](last, ids) if task in self.readouts else last
 

@@ -42,6 +42,7 @@ class Hyperparameters:
     earlier_items: bool = False  # in task 1: add the items before a position to its negatives
     dropout: Below1 = 0.0  # dropout probability
     lora_rank: Rank = 0  # rank of each later task's LoRA update of the item embedding; 0: none
+    readout_rank: Rank = 0  # rank of the item sum in each later task's readout; 0: the last hidden state
     precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products
     compile: bool = False  # use torch.compile
     steps: Count = 9  # timed steps; the median is reported
@@ -63,6 +64,8 @@ def make_model(hp: Hyperparameters, network: type[NextItNet] = NextItNet) -> Nex
         model.add_head(learned + 1, hp.targets)
         if hp.lora_rank:
             model.add_update(learned + 1, hp.lora_rank)
+        if hp.readout_rank:
+            model.add_readout(learned + 1, hp.readout_rank)
     model.dropout.p = hp.dropout
     return model.to(bench.device())
 

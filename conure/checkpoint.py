@@ -209,7 +209,7 @@ def build_model(content: dict[str, Any], network: type[NextItNet] = NextItNet) -
     for task, record in content["tasks"].items():
         if task > 1:
             model.add_head(task, record["target_count"], bias=f"heads.{task}.bias" in content["model"])
-        model.restore(task, content["model"])
+        model.add_stored(task, content["model"])
     try:
         model.load_state_dict(content["model"])
     except RuntimeError:

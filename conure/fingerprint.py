@@ -35,8 +35,8 @@ def shared_by_all(model: NextItNet, content: dict[str, Any]) -> Iterable[Tensor]
 
 
 def read_by(model: NextItNet, task: int, record: dict[str, Any]) -> Iterable[Tensor]:
-    """What the task reads besides: target ids, its head and readout, the updates of the embedding by tasks 2..k, and the
-    conv weights of tasks 1..k with their positions. It never reads masked weights."""
+    """What the task reads besides: target ids, its head and readout, the updates of the embedding by tasks 2..k, and
+    the conv weights of tasks 1..k with their positions. It never reads masked weights."""
     yield record["targets"]
     yield from model.head(task).parameters()
     if str(task) in model.readouts:

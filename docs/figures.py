@@ -172,8 +172,8 @@ def method() -> bytes:
         y += STEP
     parts += lines(
         y + 32,
-        "Each task also has a head, and from task 2 on a low-rank update",
-        "of the item embedding, which later tasks read but never change.",
+        "Each task also has a head, and from task 2 on a readout; its update",
+        "of the item embedding is read by later tasks, but never changed.",
     )
     desc = (
         "Each stage has a bar of weights. tp of a task reads all and trains the free ones. ret reads "

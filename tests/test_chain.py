@@ -49,8 +49,8 @@ def test_owned_weights_never_change_and_owners_are_disjoint(chain):
 
 
 def test_untrained_weights_never_change(chain):
-    """Free weights keep their values through ret. Embedding and layer norms never change after tp of task 1; what a task
-    owns as a whole never after its ret."""
+    """Free weights keep their values through ret. Embedding and layer norms never change after tp of task 1, and what a
+    task owns as a whole never after its ret."""
     folder, _ = chain
     first = load(folder, 1, "tp")["model"]
     own = {}  # of tasks 2, 3, 4: name → value after ret of the task
@@ -72,6 +72,13 @@ def test_untrained_weights_never_change(chain):
                 same = torch.equal(state[f"{name}.weight"][~free], before[f"{name}.weight"][~free])
                 assert same == (content["tasks"][task]["epoch"] == 0)
     assert len(own) >= 3 * (1 + 2 + 3) and all(value.any() for value in own.values())
+
+
+def test_a_readout_is_scaled_for_a_head_that_starts_as_task_1s_rows(chain):
+    for task in (2, 3, 4):
+        content = load(chain[0], task, "tp")
+        informed, scale = content["tasks"][task]["informed"], content["model"][f"readouts.{task}.scale"].item()
+        assert scale != 1 if informed else scale == 1
 
 
 def test_outputs_of_learned_tasks_are_bit_identical(chain):

@@ -172,7 +172,7 @@ def test_a_step_changes_only_the_weights_of_its_stage(stage, precision):
         adam.zero_grad()
         objective(batch_of(torch.randint(50, (4, 12)), torch.randint(1, 7, (4,)))).backward()
         adam.step()
-    tables = (f"{table}.{part}" for table in ("updates.2", "readouts.2.items") for part in ("rows", "axes"))
+    tables = (f"{table}.{part}" for table in ("updates.2", "readouts.2.table") for part in ("rows", "axes"))
     after, own = model.state_dict(), ("heads.2.weight", *tables)
     for name, value in before.items():
         if name.endswith(("conv1.weight", "conv2.weight")):
@@ -205,14 +205,23 @@ def test_a_readout_sums_the_items_and_normalises():
     """A task has its own, and task 1 none."""
     model, ids = small_model(), torch.randint(50, (4, 12))
     readout, last = model.readouts["2"], model(ids, Stage(2, "inference"))[:, -1]
-    torch.nn.init.normal_(readout.items.rows)
+    torch.nn.init.normal_(readout.table.rows)
     readout.scale.fill_(0.5)
     counts = F.one_hot(ids, 50).sum(dim=1).float()
-    expected = F.layer_norm(last + counts @ readout.items.rows @ readout.items.axes / 12**0.5, (8,), eps=1e-8) / 2
+    expected = F.layer_norm(last + counts @ readout.table.rows @ readout.table.axes / 12**0.5, (8,), eps=1e-8) / 2
     torch.testing.assert_close(model.user_representation(ids, Stage(2, "inference")), expected, rtol=0, atol=1e-4)
     for task, unsummed in ((1, last), (3, F.layer_norm(last, (8,), eps=1e-8))):
         own = model.user_representation(ids, Stage(task, "inference"))
         torch.testing.assert_close(own, unsummed, rtol=0, atol=1e-4)
+
+
+def test_a_readout_is_half_as_large_as_the_states_that_an_informed_head_expects():
+    model, rows = small_model(), torch.randint(50, (30, 12))
+    data = SimpleNamespace(rows=rows.numpy(), users=np.arange(30), splits={"train": np.arange(20)})
+    initial_model.scale_readout(model, data, Stage(2, "tp"), torch.device("cpu"))
+    states, readouts = model(rows[:20], Stage(2, "tp"))[:, -1], model.user_representation(rows[:20], Stage(2, "tp"))
+    sizes = [vectors.std(dim=1, correction=0).mean().item() for vectors in (states, readouts)]
+    assert sizes[1] == pytest.approx(sizes[0] / 2, rel=1e-4)
 
 
 def test_a_tied_head_is_the_item_embedding_and_freezes_with_it():

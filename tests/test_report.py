@@ -238,6 +238,9 @@ def test_only_what_a_task_reads_is_compared(chain, chain_copy):
     def update(model: NextItNet) -> None:
         model.updates["2"].rows[0, 0] += 1
 
+    def readout(model: NextItNet) -> None:
+        model.readouts["2"].scale *= 2
+
     assert source(lambda model: None) == ["same"] * 3
     assert source(zero_owned_by(pruning.FREE)) == ["same"] * 3
     assert source(zero_owned_by(4)) == ["same"] * 3
@@ -246,6 +249,7 @@ def test_only_what_a_task_reads_is_compared(chain, chain_copy):
     assert source(normalised) == ["scored"] * 3
     assert source(head) == ["same", "scored", "same"]
     assert source(update) == ["same", "scored", "scored"]
+    assert source(readout) == ["same", "scored", "same"]
 
 
 def test_transfer_against_numbers_by_hand():

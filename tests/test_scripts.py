@@ -313,7 +313,8 @@ def test_each_script_trains_its_own_loss(run_here, monkeypatch, chain_copy, task
 
     def see(run, loss):
         seen.append((loss, run.model.dropout.p))
-        ranks.append([len(update.axes) for update in run.model.updates.values()])
+        ranks.append([len(table.axes) for table in run.model.updates.values()])
+        assert ranks[-1] == [len(readout.table.axes) for readout in run.model.readouts.values()]
         run.files.close()
         raise KeyboardInterrupt
 
@@ -324,7 +325,7 @@ def test_each_script_trains_its_own_loss(run_here, monkeypatch, chain_copy, task
     improved, original, both = (loss for loss, _ in seen)
     assert [dropout for _, dropout in seen] == [0.3 if task in (1, 4) else 0, 0, 0]
     earlier, own = [16] * (task - 1 - (mode == "tp" and task > 1)), [16] if mode == "tp" and task > 1 else []
-    assert ranks == [earlier + own, earlier, earlier], "the original has no update"
+    assert ranks == [earlier + own, earlier, earlier], "the original has neither update nor readout"
     if task == 1:
         items = original.sampler.items
         assert [loss.sampler.count for loss in (improved, original, both)] == [items // 2, items // 5, items // 2]

@@ -76,7 +76,7 @@ def test_a_serving_file_has_nothing_of_other_tasks(chain, serving):
     path = serving(2)
     content, _ = files.load_sealed(str(path))
     model, owned = model_of(chain), 0
-    tables = {f"{table}.{part}" for table in ("updates.2", "readouts.2.items") for part in ("rows", "axes")}
+    tables = {f"{table}.{part}" for table in ("updates.2", "readouts.2.table") for part in ("rows", "axes")}
     own = {"heads.2.weight", "heads.2.bias", "readouts.2.scale"} | tables
     assert {name for name in content["weights"] if name.startswith(("heads", "updates", "readouts"))} == own
     for name, layer in content["conv"].items():

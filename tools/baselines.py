@@ -26,8 +26,8 @@ One model for all tasks:
   Conure           the eight scripts
 
 Other methods train a task for as many epochs as Conure's tp and ret together, with the same learning rate, batch size
-and loss. New models but random_backbone start with a spectral item embedding, from the rows of their own task. All networks but
-SASRec, random_backbone, FineHead and PeterRec read tasks 2 to 4 through readouts like Conure's. FineAll,
+and loss. New models but random_backbone start with a spectral item embedding, from the rows of their own task. Tasks 2
+to 4 have readouts in all models but zero_shot, random_backbone, FineHead, PeterRec, SASRec and no_readout. FineAll,
 FineHead, MTL and PeterRec use SinMo's model for task 1. A method that starts from a model of task 1 learns each later
 task twice, with the scripts' head and with a random one, and keeps the better by validation; seconds count that one
 alone.
@@ -67,6 +67,8 @@ from tools.comparisons.sasrec import SASRec
 ALL = ["popular", "counting", *METHODS]
 UNTRAINED = ("popular", "counting", "zero_shot")
 Row = tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]  # of the table; its score per example, and their users
+# The ablation, and the methods that are defined by what they train, or have a layer norm there already.
+WITHOUT_READOUT = ("no_readout", "random_backbone", "FineHead", "PeterRec", "SASRec")
 KEPT = 0.1  # share of a task's training examples that replay keeps
 
 
@@ -114,10 +116,11 @@ class Comparison(study.Study):
         hp, data, first = self.settings(step.task, step.mode), self.data(step.task), self.settings(1, "tp")
         if not step.prunes:  # one stage, for as many epochs as Conure's tp and ret
             hp.epochs += self.settings(step.task, "ret").epochs
-            if step.task > 1:
-                hp.lora_rank = 0  # such methods train the embedding itself, or freeze it
-        if step.network in (networks.Adapted, networks.HeadOnly, SASRec):
-            hp.readout_rank = 0
+        if step.task > 1 and step.mode == "tp":
+            if not step.prunes or step.method == "frozen_embedding":
+                hp.lora_rank = 0  # methods that prune nothing train the embedding itself, or freeze it
+            if step.method in WITHOUT_READOUT:
+                hp.readout_rank = 0
         if step.beside == "task 1":  # with task 1's optimiser settings, and at least as many of its batches
             hp.table_rate, hp.dropout, hp.decay = first.table_rate, first.dropout, first.decay
             wanted = first.epochs * self.steps_per_epoch(1, first.batch_size)

@@ -2,7 +2,7 @@
 
 For every prune ratio, one model learns task 1 and then parts of task 2, whose targets are dealt out in order of
 frequency, so that the parts are alike. At each depth, a copy of the model learns task 3. A second copy is the control:
-without free conv weights, it learns task 3 by a head and an update of the item embedding alone.
+without free conv weights, it learns task 3 by a head, a readout and an update of the item embedding alone.
 
 READS  the task files in data_dir
 WRITES to output_dir: a folder per seed, from which an interrupted run resumes; capacity.csv; capacity.png, if

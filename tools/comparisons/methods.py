@@ -5,16 +5,7 @@ from dataclasses import dataclass, replace
 
 from nextitnet import NextItNet
 from pruning import Stage
-from tools.comparisons.networks import (
-    Adapted,
-    AllHeads,
-    FrozenEmbedding,
-    FrozenHead,
-    HeadOnly,
-    Joint,
-    NoReadout,
-    Unprotected,
-)
+from tools.comparisons.networks import Adapted, AllHeads, FrozenHead, HeadOnly, Joint, Unprotected
 from tools.comparisons.sasrec import SASRec
 
 TASKS = (1, 2, 3, 4)
@@ -40,7 +31,7 @@ class Step:
 
     @property
     def prunes(self) -> bool:
-        return self.network in (NextItNet, FrozenHead, FrozenEmbedding, NoReadout)
+        return self.network in (NextItNet, FrozenHead)
 
     def variants(self) -> list["Step"]:
         """The step with either initial head, of which the better counts. Conure and its ablations have one variant."""
@@ -89,8 +80,8 @@ METHODS = {
     "no_task_2": chain("no_task_2", [(3, "tp"), (3, "ret")], CONURE[:2], number=2),
     "random_head": chain("random_head", LATER_STAGES, CONURE[:2], head="random"),
     "frozen_head": chain("frozen_head", LATER_STAGES, CONURE[:2], network=FrozenHead),
-    "frozen_embedding": chain("frozen_embedding", LATER_STAGES, CONURE[:2], network=FrozenEmbedding),
-    "no_readout": chain("no_readout", LATER_STAGES, CONURE[:2], network=NoReadout),
+    "frozen_embedding": chain("frozen_embedding", LATER_STAGES, CONURE[:2]),
+    "no_readout": chain("no_readout", LATER_STAGES, CONURE[:2]),
     "Conure": CONURE,
 }
 # Methods whose last model serves all tasks; the others keep a model, or a part of one, for each task.

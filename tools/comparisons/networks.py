@@ -37,7 +37,7 @@ class Unprotected(NextItNet):
 
 
 class AllHeads(NextItNet):
-    """Trains all weights, the heads of other tasks included."""
+    """Trains all weights, also those that other tasks own."""
 
     def train_only(self, stage: Stage) -> list[nn.Parameter]:
         return only_named(self, lambda name: True)
@@ -63,22 +63,8 @@ class FrozenHead(NextItNet):
         return [parameter for parameter in trained if parameter.requires_grad]
 
 
-class FrozenEmbedding(NextItNet):
-    """Conure without updates of the item embedding."""
-
-    def add_update(self, task: int, rank: int) -> None:
-        pass
-
-
-class NoReadout(NextItNet):
-    """Conure without readouts: its heads read the last hidden state."""
-
-    def add_readout(self, task: int, rank: int) -> None:
-        pass
-
-
 class HeadOnly(NextItNet):
-    """Trains the head, and the task's update of the item embedding if there is one."""
+    """Trains what the task owns as a whole: its head, and its update and readout if it has them."""
 
     def train_only(self, stage: Stage) -> list[nn.Parameter]:
         own = self.own(stage.task)

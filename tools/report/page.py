@@ -155,8 +155,8 @@ def matrix(chain: Chain) -> Html:
             element("span", "0.1234", class_="key own"),
             " was recorded by a stage of the task's own. A later score is the same by construction if all that the "
             "task reads is bit-identical: the convolution weights of tasks 1 to k, the embedding with its updates by "
-            "tasks 2 to k, positions, layer norms, the task's head and its ids. If a bit differs the task is scored "
-            f"again from its data ({scored} of these scores). ",
+            "tasks 2 to k, positions, layer norms, the task's readout, head and ids. If a bit differs the task is "
+            f"scored again from its data ({scored} of these scores). ",
             element("span", "▼ ▲", class_="key changed"),
             " marks a score that differs from the one when the task was learned.",
             class_="small",

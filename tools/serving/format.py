@@ -4,8 +4,8 @@
     task, metric, leave_out   the task, how it is evaluated, and which targets its ranks leave out
     architecture   arguments of NextItNet
     length         items in a row: shorter rows are padded on the left, longer ones lose their oldest items
-    weights        embedding, its updates by tasks 2 to this one, position embedding, layer norms, and the task's readout
-                   and head, unless that is tied to the embedding
+    weights        embedding, its updates by tasks 2 to this one, position embedding, layer norms, the task's
+                   readout, and its head unless that is tied to the embedding
     conv           per conv layer: shape, mask of the weights that the task reads (one bit each), and these weights
     items, targets vocabularies, each as one uint8 tensor
 
@@ -106,7 +106,7 @@ def build_model(content: dict[str, Any]) -> NextItNet:
             head = f"heads.{task}."
             model.add_head(task, len(state[f"{head}weight"]), bias=f"{head}bias" in state)
         for earlier in range(2, task + 1):
-            model.restore(earlier, state)
+            model.add_stored(earlier, state)
     model.load_state_dict(state, assign=True)
     if tied:  # two parameters would take memory twice on a GPU
         model.head(1).weight = model.embedding.weight
