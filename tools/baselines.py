@@ -27,10 +27,9 @@ One model for all tasks:
 
 Other methods train a task for as many epochs as Conure's tp and ret together, with the same learning rate, batch size
 and loss. New models but random_backbone start with a spectral item embedding, from the rows of their own task. Tasks 2
-to 4 have readouts in all models but zero_shot, random_backbone, FineHead, PeterRec, SASRec and no_readout. FineAll,
-FineHead, MTL and PeterRec use SinMo's model for task 1. A method that starts from a model of task 1 learns each later
-task twice, with the scripts' head and with a random one, and keeps the better by validation; seconds count that one
-alone.
+to 4 have readouts in SinMo, FineAll, SinMoAll, LwF, replay and Conure with its other ablations. FineAll, FineHead, MTL
+and PeterRec use SinMo's model for task 1. A method that starts from a model of task 1 learns each later task twice,
+with the scripts' head and with a random one, and keeps the better by validation; seconds count that one alone.
 
 READS  the task files in data_dir; the comparison ends before the first missing one
 WRITES to output_dir: a folder per seed and method, from which an interrupted run resumes; baselines.csv, a row per
@@ -67,8 +66,9 @@ from tools.comparisons.sasrec import SASRec
 ALL = ["popular", "counting", *METHODS]
 UNTRAINED = ("popular", "counting", "zero_shot")
 Row = tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]  # of the table; its score per example, and their users
-# The ablation, and the methods that are defined by what they train, or have a layer norm there already.
-WITHOUT_READOUT = ("no_readout", "random_backbone", "FineHead", "PeterRec", "SASRec")
+# The ablation; methods that are defined by what they train; joint training, which has one representation for two tasks;
+# and SASRec, which has a layer norm there already.
+WITHOUT_READOUT = ("no_readout", "random_backbone", "FineHead", "PeterRec", "MTL", "SASRec")
 KEPT = 0.1  # share of a task's training examples that replay keeps
 
 
