@@ -74,13 +74,6 @@ def test_untrained_weights_never_change(chain):
     assert len(own) >= 3 * (1 + 2 + 3) and all(value.any() for value in own.values())
 
 
-def test_a_readout_is_scaled_for_a_head_that_starts_as_task_1s_rows(chain):
-    for task in (2, 3, 4):
-        content = load(chain[0], task, "tp")
-        informed, scale = content["tasks"][task]["informed"], content["model"][f"readouts.{task}.scale"].item()
-        assert scale != 1 if informed else scale == 1
-
-
 def test_outputs_of_learned_tasks_are_bit_identical(chain):
     folder, _ = chain
     items = read_index(str(folder / "Data" / "index.csv"))
@@ -351,6 +344,7 @@ def test_a_head_starts_from_task_1s_only_if_it_ranks_better(chain_copy, same_thi
     ids = torch.from_numpy(items.look_up(data.target_vocabulary.tokens)).long()
     assert torch.equal(model["heads.2.weight"][1:], model["heads.1.weight"][ids][1:]) == same_things
     assert ("heads.2.bias" in model) != same_things
+    assert (model["readouts.2.scale"] != 1) == same_things, "of the size that task 1's rows expect"
     if not same_things:
         frequency = np.bincount(data.targets[data.splits["train"]], minlength=len(ids)) + 1
         expected = torch.from_numpy(np.log(frequency) - np.log(frequency.mean())).float()
