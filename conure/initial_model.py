@@ -18,7 +18,7 @@ EXAMPLES_TO_COMPARE = 2048  # training examples that `inform` ranks
 TIED_UP_TO = 0.1  # share of recurring items; a tied head starts by predicting that the last item recurs
 SPECTRAL_IDS = 1 << 24  # items of training rows that are counted; of TTL a seventh, which take two minutes on 2 cores
 SPECTRAL_DEVIATION = 0.06  # of the item embedding; 0.04 was as good
-INFORMED_DEVIATION = 0.5  # of a readout, relative to last hidden states, if the head starts as task 1's rows
+INFORMED_DEVIATION = 0.5  # of a readout, relative to last hidden states, where targets rarely recur
 HALVED = np.log(2)  # difference of mean log ranks that halves the geometric mean rank
 
 
@@ -52,7 +52,9 @@ def initial_model(files: StageFiles, device: torch.device, of_classes: bool) -> 
     else:
         informed = task > 1 and hp.informed_head and inform(model, data, files.stage, device, of_classes)
         if informed and hp.readout_rank:
-            scale_readout(model, data, files.stage, device)
+            # A small one regularises, but learns too slowly where targets recur, and so are easy to predict.
+            deviation = INFORMED_DEVIATION if recurring(data) <= TIED_UP_TO else 1.0
+            scale_readout(model, data, files.stage, device, deviation)
     if informed:
         anchor(model, data, task)
     return model, informed
@@ -99,11 +101,11 @@ def check_capacity(model: NextItNet, task: int, ratios: list[float]) -> None:
 
 
 @torch.no_grad()
-def scale_readout(model: NextItNet, data: TaskData, stage: Stage, device: torch.device) -> None:
-    """Sets the readout's deviation by that of the last hidden states, for which task 1's rows were trained."""
+def scale_readout(model: NextItNet, data: TaskData, stage: Stage, device: torch.device, deviation: float) -> None:
+    """Sets the readout's deviation relative to that of the last hidden states, for which task 1's rows were trained."""
     rows = data.users[data.splits["train"][:EVALUATION_BATCH]]
     states = model.eval()(torch.from_numpy(data.rows[rows]).long().to(device), stage, last_only=True)[:, 0]
-    model.readouts[str(stage.task)].scale.fill_(INFORMED_DEVIATION * states.std(dim=1, correction=0).mean())
+    model.readouts[str(stage.task)].scale.fill_(deviation * states.std(dim=1, correction=0).mean())
 
 
 def items_of_targets(data: TaskData) -> Tensor:

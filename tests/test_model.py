@@ -215,10 +215,10 @@ def test_a_readout_sums_the_items_and_normalises():
         torch.testing.assert_close(own, unsummed, rtol=0, atol=1e-4)
 
 
-def test_a_readout_is_half_as_large_as_the_states_that_an_informed_head_expects():
+def test_a_readout_has_the_deviation_asked_for_relative_to_last_states():
     model, rows = small_model(), torch.randint(50, (30, 12))
     data = SimpleNamespace(rows=rows.numpy(), users=np.arange(30), splits={"train": np.arange(20)})
-    initial_model.scale_readout(model, data, Stage(2, "tp"), torch.device("cpu"))
+    initial_model.scale_readout(model, data, Stage(2, "tp"), torch.device("cpu"), 0.5)
     states, readouts = model(rows[:20], Stage(2, "tp"))[:, -1], model.user_representation(rows[:20], Stage(2, "tp"))
     sizes = [vectors.std(dim=1, correction=0).mean().item() for vectors in (states, readouts)]
     assert sizes[1] == pytest.approx(sizes[0] / 2, rel=1e-4)
