@@ -52,7 +52,7 @@ def initial_model(files: StageFiles, device: torch.device, of_classes: bool) -> 
     else:
         informed = task > 1 and hp.informed_head and inform(model, data, files.stage, device, of_classes)
         if informed and hp.readout_rank:
-            # A small one regularises, but learns too slowly where targets recur, and so are easy to predict.
+            # A small deviation regularises, but learns too slowly where targets recur and so are easy to predict.
             deviation = INFORMED_DEVIATION if recurring(data) <= TIED_UP_TO else 1.0
             scale_readout(model, data, files.stage, device, deviation)
     if informed:
