@@ -70,7 +70,6 @@ SECTIONS = {
     scripts: 100,
     export: 30,
     gpu_speed.wall: 30,
-    gpu_speed.drawing: 30,
     gpu_speed.ranking: 30,
     gpu_speed.compiled_step: 120,
 }

@@ -9,14 +9,12 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from conure import samplers, training
+from conure import training
 from conure.device import can_compile
-from conure.losses import NextItemLoss, Objective
 from conure.ranking import ModelScorer, Ranker
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks import bench, evaluate, train_step
 from pruning import Stage
@@ -184,32 +182,6 @@ def profile(step: Callable[[], None], device: torch.device, count: int) -> dict[
         events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     times = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events}
     return {name: microseconds / 1e6 / count for name, microseconds in times.items()}
-
-
-def drawing(session: Session) -> None:
-    """Time to draw negatives on the host and on the device; and a step with its negatives drawn beforehand."""
-    shape, generator = session.shape(), torch.Generator().manual_seed(10)
-    sampler = samplers.LogUniformSampler(shape.items, shape.negative_fraction)
-    here = session.durations("draw_here", lambda: sampler.draw(generator), 20, on_device=False)
-    drawn = sampler.draw(generator)
-    there = session.durations("draw_there", lambda: draw_on(session.device, sampler, drawn[1] * 51 // 50), 20)
-    sampler.draw = lambda _: drawn
-    with torch.device(session.device):
-        model = train_step.make_model(shape)
-    objective = Objective(NextItemLoss(sampler, None), model, Stage(1, "tp"), generator, session.precision)
-    batch = train_step.random_batch(shape, shape.length - 1)
-    step = train_step.stepper(objective, model.train_only(Stage(1, "tp")), [batch])
-    ready = session.durations("step_with_ready_draw", step, session.hp.steps)
-    medians = {"by_process_ms": 1e3 * float(np.median(here)), "on_device_ms": 1e3 * float(np.median(there))}
-    costs = {"step_ms": 1e3 * session.step_seconds, "step_with_ready_draw_ms": 1e3 * float(ready.mean())}
-    report("drawing", negatives=len(drawn[0]), draws=drawn[1], **medians, **costs)
-
-
-def draw_on(device: torch.device, sampler: samplers.LogUniformSampler, draws: int) -> Tensor:
-    """Distinct ids from the sampler's distribution, drawn on the device, in ascending order: no sample to truncate."""
-    uniform = torch.rand(draws, dtype=torch.float64, device=device)
-    ids = uniform.mul_(math.log(sampler.items + 1)).exp_().sub_(1).long().clamp_(max=sampler.items - 1)
-    return ids.unique()
 
 
 def ranking(session: Session) -> None:

@@ -60,7 +60,7 @@ def steppers(hp: Hyperparameters) -> dict[str, Callable[[], None]]:
     def step(shard: Shard) -> None:
         adam.zero_grad()
         # Seeded in each step, because processes run different numbers of steps.
-        loss(model, stage, batch, torch.Generator().manual_seed(10), shard).backward()
+        loss(model, stage, batch, torch.Generator(bench.device()).manual_seed(10), shard).backward()
         if shard.count > 1:
             processes.sum_gradients(trained)
         adam.step()

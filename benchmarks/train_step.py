@@ -127,7 +127,7 @@ def steppers(hp: Hyperparameters, model: NextItNet, time: int) -> dict[str, Call
     """Our step and, with --compare, the baselines; all on one batch."""
     stage, precision = Stage(hp.task, "tp"), getattr(torch, hp.precision)
     batch = random_batch(hp, time)
-    loss, generator = make_loss(hp, batch), torch.Generator().manual_seed(10)
+    loss, generator = make_loss(hp, batch), torch.Generator(bench.device()).manual_seed(10)
 
     def step_of(model: NextItNet) -> Callable[[], None]:
         objective = Objective(loss, model, stage, generator, precision)

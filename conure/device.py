@@ -1,5 +1,7 @@
 """The device of a run, its precision, and determinism."""
 
+import os
+
 from conure.errors import InputError
 
 import torch
@@ -11,6 +13,7 @@ def pick_device(name: str) -> torch.device:
         raise InputError("--device cuda: this torch sees no GPU; use --device auto or cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.allow_tf32 = False  # float32 convolutions on a GPU would be TF32, with 10 bits of mantissa
     return torch.device(name)
 
 
@@ -30,10 +33,10 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 
 def make_deterministic(device: torch.device) -> None:
-    """Makes results on a CPU bit-identical from run to run, which resuming relies on."""
-    if device.type == "cpu":
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+    """Makes results bit-identical from run to run on the same device, which resuming relies on."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may sum in another order
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def can_compile(device: torch.device) -> bool:

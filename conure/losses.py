@@ -20,8 +20,10 @@ from data_loader import Batch, TaskData
 from nextitnet import NextItNet
 from pruning import Stage
 
-LOGITS_AT_ONCE = 1 << 26  # 256 MB for any number of negatives, and half as much again for bfloat16 products
+# For any number of negatives 256 MB, on a GPU 1 GB, and half as much again for bfloat16 products.
+LOGITS_AT_ONCE = {"cpu": 1 << 26, "cuda": 1 << 28}
 ROWS = 64  # the number of rows is padded to a multiple, as oneDNN compiles and caches a kernel per shape
+COLUMNS = {"cpu": 1, "cuda": 8}  # likewise of columns, as other products take a GPU three times as long
 ENCODED_ROWS = 8  # likewise the number of distinct rows in a batch
 EXCLUDED = -1e30  # logit of an excluded column; finite, as a piece may have no other column
 ALONE = Shard()  # the whole batch
@@ -39,7 +41,9 @@ def entries(bias: Tensor, ids: Tensor) -> Tensor:
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copies the tensor to `device` without waiting for pending work there."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    if device == tensor.device or device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def part(batch: Batch, shard: Shard) -> tuple[Batch, slice]:
@@ -74,20 +78,21 @@ class LogSumExp(torch.autograd.Function):
         hits: Tensor,
         dtype: torch.dtype,
     ) -> Tensor:
-        n, size = len(hidden), len(weight)
+        n, size, kind, weight = len(hidden), len(weight), hidden.device.type, weight.to(dtype)
+        if padding := -size % COLUMNS[kind]:
+            weight, bias = F.pad(weight, (0, 0, 0, padding)), F.pad(bias, (0, padding), value=EXCLUDED)
         hidden, hits = F.pad(hidden, (0, 0, 0, -n % ROWS)), F.pad(hits, (0, 0, 0, -n % ROWS), value=-1)
         labels = row_of.bincount(minlength=len(hidden))  # of each row
         first = [0, *labels.cumsum(0).tolist()]
         labels, row_of = (to_device(each, hidden.device) for each in (labels, row_of))
         hidden_gradient, own_gradient = torch.empty_like(hidden), torch.empty_like(own)
         # Transposed, (C, S), as oneDNN is twice as fast for a product whose shorter side comes first.
-        weight_gradient, bias_gradient = hidden.new_zeros(hidden.shape[1], size), torch.zeros_like(bias)
-        total, weight = hidden.new_zeros(()), weight.to(dtype)
-        at_once = max(1, LOGITS_AT_ONCE // size)
+        weight_gradient, bias_gradient = hidden.new_zeros(hidden.shape[1], len(weight)), torch.zeros_like(bias)
+        total, at_once = hidden.new_zeros(()), max(1, LOGITS_AT_ONCE[kind] // size)
         for start in range(0, len(hidden), at_once):
             block = slice(start, min(start + at_once, len(hidden)))
             inputs, of_block = hidden[block].to(dtype), slice(first[block.start], first[block.stop])
-            parts = [softmax_of(inputs, weight, bias, hits[block], columns) for columns in pieces(hidden, size)]
+            parts = [softmax_of(inputs, weight, bias, hits[block], columns) for columns in pieces(hidden, len(weight))]
             log_sums = torch.stack([log_sum for _, log_sum in parts], dim=1)
             others = log_sums.logsumexp(dim=1)
             of_label = others[row_of[of_block] - start]
@@ -100,12 +105,12 @@ class LogSumExp(torch.autograd.Function):
             others_share = torch.segment_reduce(share, "sum", lengths=lengths, initial=0, unsafe=True)
             shares = (others_share[:, None] * (log_sums - others[:, None]).exp()).unbind(dim=1)
             hidden_gradient[block] = 0
-            for columns, (within, _), share in zip(pieces(hidden, size), parts, shares):
+            for columns, (within, _), share in zip(pieces(hidden, len(weight)), parts, shares):
                 scaled = inputs * share[:, None].to(dtype)
                 bias_gradient[columns] += share.to(dtype) @ within
                 hidden_gradient[block] += product(within, weight[columns].t()) * share[:, None]
                 weight_gradient[:, columns] += product(scaled.t(), within.t())
-        ctx.save_for_backward(hidden_gradient[:n], own_gradient, weight_gradient.t(), bias_gradient)
+        ctx.save_for_backward(hidden_gradient[:n], own_gradient, weight_gradient[:, :size].t(), bias_gradient[:size])
         return total
 
     @staticmethod
@@ -206,27 +211,25 @@ class NextItemLoss:
         sampled = self.sampler.count < self.sampler.items
         negatives, draws = self.sampler.draw(generator) if sampled else (None, 0)
         inputs, labels, counted = (shard.of(tensor) for tensor in (inputs, labels, counted))
-        hidden = model(to_device(inputs, device), stage).transpose(0, 1).flatten(0, 1)  # (T * B, C)
+        places = counted.t().flatten().nonzero().squeeze(1)
+        inputs, labels, places = (to_device(tensor, device) for tensor in (inputs, labels, places))
+        hidden = model(inputs, stage).transpose(0, 1).flatten(0, 1)  # (T * B, C)
         left_out = self.left_out(inputs, labels)  # (T * B, M)
-        labels, counted = labels.t().flatten(), counted.t().flatten()
-        if not counted.all():
-            places = counted.nonzero().squeeze(1)
-            hidden, labels, left_out = rows(hidden, to_device(places, device)), labels[places], left_out[places]
-        if sampled:
-            counts = [self.sampler.expected_count(ids, draws) for ids in (labels, negatives)]
-            labels, left_out, negatives, *counts = (
-                to_device(tensor, device) for tensor in (labels, left_out, negatives, *counts)
-            )
-            return sampled_softmax(hidden, labels, left_out, head, negatives, *counts) / total
-        row_of, (labels, left_out) = torch.arange(len(labels)), (to_device(each, device) for each in (labels, left_out))
-        return full_softmax(hidden, row_of, labels, left_out, head.weight, head.bias) / total
+        labels = labels.t().flatten()
+        if len(places) < len(labels):
+            hidden, labels, left_out = rows(hidden, places), labels[places], left_out[places]
+        if not sampled:
+            return full_softmax(hidden, torch.arange(len(labels)), labels, left_out, head.weight, head.bias) / total
+        negatives = to_device(negatives, device)
+        counts = [self.sampler.expected_count(ids, draws) for ids in (labels, negatives)]
+        return sampled_softmax(hidden, labels, left_out, head, negatives, *counts) / total
 
     def left_out(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Ids that are no negatives (T * B, M): labels (B, T) and, without `earlier_items`, the items before them."""
         labels = labels.t()[:, :, None]  # (T, B, 1)
         if self.earlier_items:
             return labels.flatten(0, 1)
-        later = torch.ones(inputs.shape[1], inputs.shape[1], dtype=torch.bool).triu(1)  # (T, T)
+        later = torch.ones(inputs.shape[1], inputs.shape[1], dtype=torch.bool, device=inputs.device).triu(1)  # (T, T)
         return torch.cat([labels, torch.where(later[:, None], labels, inputs)], dim=2).flatten(0, 1)
 
 
@@ -245,11 +248,13 @@ class TargetLoss:
         self, model: NextItNet, stage: Stage, batch: Batch, generator: torch.Generator, shard: Shard = ALONE
     ) -> Tensor:
         """The mean over the batch plus the penalty, or this process's share of it."""
-        head, ids = model.head(stage.task), self.ids(batch.targets, generator)
+        head = model.head(stage.task)
+        device = head.weight.device
+        ids = self.ids(to_device(batch.targets, device), generator)
         own, examples = part(batch, shard)
         inputs = F.pad(own.inputs, (0, 0, 0, -len(own.inputs) % ENCODED_ROWS))
-        users = model.user_representation(to_device(inputs, head.weight.device), stage)[: len(own.inputs)]  # (R, C)
-        summed = self.summed(users, own, to_device(ids[examples], head.weight.device), head)
+        users = model.user_representation(to_device(inputs, device), stage)[: len(own.inputs)]  # (R, C)
+        summed = self.summed(users, own, ids[examples], head)
         return summed / len(ids) + self.penalty(model, stage.task) / shard.count
 
     def penalty(self, model: NextItNet, task: int) -> Tensor:

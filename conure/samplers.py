@@ -16,20 +16,33 @@ class LogUniformSampler:
         self.count = max(1, int(items * negative_fraction))
         ids = torch.arange(items, dtype=torch.float64)
         self.log_miss = torch.log1p(-torch.log1p(1 / (ids + 1)) / np.log(items + 1))  # log(1 - p)
-        self.batch = self.count
+        self.batch, self.stream = self.count, None
         if self.count < items:
             self.batch = self.draw(torch.Generator().manual_seed(0))[1] * 51 // 50  # what a trial takes, plus 2 %
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, int]:
-        """`count` distinct ids (S,), in the order of the draws, and the number of draws that it took."""
-        drawn = torch.empty(0, dtype=torch.int64)
+        """`count` distinct ids (S,) on the generator's device, in the order of the draws, and the number of draws."""
+        device = generator.device
+        if device.type == "cpu":
+            return self.distinct(generator)
+        # A stream of its own, because the host waits for the draw, and should not wait for all pending steps too.
+        self.stream = self.stream or torch.cuda.Stream(device, priority=-1)
+        with torch.cuda.stream(self.stream):
+            ids, draws = self.distinct(generator)
+        ids.record_stream(torch.cuda.current_stream(device))
+        return ids, draws
+
+    def distinct(self, generator: torch.Generator) -> tuple[Tensor, int]:
+        device = generator.device
+        drawn = torch.empty(0, dtype=torch.int64, device=device)
         while True:
-            uniform = torch.rand(max(self.batch, len(drawn)), generator=generator, dtype=torch.float64)
+            count = max(self.batch, len(drawn))
+            uniform = torch.rand(count, generator=generator, dtype=torch.float64, device=device)
             more = uniform.mul_(np.log(self.items + 1)).exp_().sub_(1).long().clamp_(max=self.items - 1)
             drawn = torch.cat([drawn, more])
-            found = first_places(drawn.numpy(), self.items)
+            found = first_places(drawn, self.items)
             if len(found) >= self.count:
-                found = torch.from_numpy(found[: self.count])
+                found = found[: self.count]
                 return drawn[found], int(found[-1]) + 1
 
     def expected_count(self, ids: Tensor, draws: int) -> Tensor:
@@ -37,17 +50,29 @@ class LogUniformSampler:
 
         p * draws if no draw was a repeat, else the probability that the id is among the distinct ones.
         """
+        self.log_miss = self.log_miss.to(ids.device)
         if draws == self.count:
             return (draws * -torch.expm1(self.log_miss[ids])).float()
         return -torch.expm1(draws * self.log_miss[ids]).float()
 
 
-def first_places(ids: np.ndarray, size: int) -> np.ndarray:
-    """The positions of first occurrences in `ids`, whose values are below `size`."""
+def first_places(ids: Tensor, size: int) -> Tensor:
+    """The positions of first occurrences in `ids`, whose values are below `size`; ascending."""
+    if ids.device.type != "cpu":
+        return first_places_by_sorting(ids)
+    ids = ids.numpy()
     places = np.arange(len(ids), dtype=np.int32)
     first = np.empty(size, dtype=np.int32)  # uninitialised: read only where it was written
     first[ids[::-1]] = places[::-1]  # of equal ids the last write stays, which is the first occurrence
-    return np.flatnonzero(first[ids] == places)
+    return torch.from_numpy(np.flatnonzero(first[ids] == places))
+
+
+def first_places_by_sorting(ids: Tensor) -> Tensor:
+    """The same for a GPU, where the order of writes is undefined; on a CPU it takes four times as long."""
+    ordered, places = ids.sort(stable=True)
+    is_first = torch.ones_like(ids, dtype=torch.bool)
+    is_first[places[1:]] = ordered[1:] != ordered[:-1]
+    return is_first.nonzero().squeeze(1)
 
 
 class TargetSampler:
@@ -58,11 +83,13 @@ class TargetSampler:
         self.cumulative = torch.from_numpy(np.cumsum(probabilities) / np.sum(probabilities))
 
     def draw(self, targets: Tensor, generator: torch.Generator) -> Tensor:
-        """Ids (B,); `targets` (B,) on the CPU."""
+        """Ids (B,) for `targets` (B,), which are on the generator's device."""
+        self.cumulative = self.cumulative.to(targets.device)
         positive = targets - 1
         after = self.cumulative[positive]
         before = torch.where(positive > 0, self.cumulative[positive - 1], 0.0)
-        point = torch.rand(len(targets), generator=generator, dtype=torch.float64) * (1 - (after - before))
+        uniform = torch.rand(len(targets), generator=generator, dtype=torch.float64, device=targets.device)
+        point = uniform * (1 - (after - before))
         point = torch.where(point < before, point, point + (after - before))  # skips the positive's own interval
         return torch.searchsorted(self.cumulative, point, right=True).clamp(max=len(self.cumulative) - 1) + 1
 

@@ -120,7 +120,7 @@ class Run:
 
     def take_steps(self, loss: Loss) -> None:
         """Takes all remaining steps, with evaluations and snapshots in between."""
-        state, generator = self.state, torch.Generator()
+        state, generator = self.state, torch.Generator(self.device)
         steps_per_epoch = -(-len(self.data.splits["train"]) // self.hp.batch_size)
         steps = self.hp.epochs * steps_per_epoch
         eval_every = self.hp.eval_every or steps_per_epoch

@@ -250,6 +250,13 @@ def test_log_uniform_negatives_are_distinct_and_match_expected_counts():
     np.testing.assert_allclose(counts / draws, expected / draws, atol=0.03)
 
 
+def test_first_places_are_the_same_by_both_ways():
+    ids = torch.randint(50, (200,), generator=torch.Generator().manual_seed(1))
+    found = samplers.first_places(ids, 50)
+    assert found.tolist() == sorted(ids.tolist().index(each) for each in set(ids.tolist()))
+    assert torch.equal(samplers.first_places_by_sorting(ids), found)
+
+
 def test_target_negatives_follow_the_probabilities_and_are_never_the_positive():
     sampler, generator = TargetSampler(np.array([0.5, 0.3, 0.0, 0.2])), torch.Generator().manual_seed(1)
     for positive in (1, 2, 4):

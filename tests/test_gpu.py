@@ -17,8 +17,9 @@ from benchmarks.gpu_checks import Check
 SIZES = {"items": 500, "length": 12, "batch_size": 4, "channels": 8, "dilations": "1,4", "steps": 5, "rows": 20}
 SIZES |= {"matmul_size": 64, "copy_mb": 1, "check_items": 300, "users": 100}
 TINY = ["--device", "cpu", *(word for name, value in SIZES.items() for word in (f"--{name}", str(value)))]
+AGREEING = [f"{precision}_{what}" for precision in ("float32", "bfloat16") for what in ("states", "gradients")]
 CHECKS = {
-    *(f"agreement_{precision}_{what}" for precision in ("float32", "bfloat16") for what in ("states", "gradients")),
+    *(f"agreement_task_{task}_{kind}" for task in (1, 2) for kind in AGREEING),
     "owned_weights_bit_identical",
     "all_that_task_1_reads_bit_identical",
     "task_1_scores_as_recorded",
@@ -26,7 +27,7 @@ CHECKS = {
     "export_task_1",
     "export_task_2",
 }
-SECTIONS = ["ceilings", "step", "agreement", "scripts", "export", "wall", "drawing", "ranking", "compiled_step"]
+SECTIONS = ["ceilings", "step", "agreement", "scripts", "export", "wall", "ranking", "compiled_step"]
 CPU = torch.device("cpu")
 
 
@@ -48,7 +49,7 @@ def test_gpu_sh_runs_all_checks_and_measurements(tmp_path):
     checks, measured = lines(done.stdout, "CHECK", "name"), lines(done.stdout, "BENCH", "what")
     assert set(checks) == CHECKS and all(check["ok"] == "true" for check in checks.values())
     assert int(checks["resume"]["at_step"]) > 1 and int(checks["owned_weights_bit_identical"]["owned"]) > 0
-    assert {"ceilings", "step", "step_with_dropout", "adam", "wall", "kernel", "drawing", "ranking"} <= set(measured)
+    assert {"ceilings", "step", "step_with_dropout", "adam", "wall", "kernel", "ranking"} <= set(measured)
     assert "unavailable" not in done.stdout and measured["skipped"]["section"] == "compiled_step"
     projections = lines(done.stdout, "BENCH", "of")
     assert set(projections) == {"step", "step_with_dropout"}

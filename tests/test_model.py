@@ -441,9 +441,10 @@ def plain_sampled_softmax(hidden, labels, left_out, head, negatives, label_count
     return (torch.cat([own[:, None], others.masked_fill(hits, -torch.inf)], dim=1).logsumexp(dim=1) - own).sum()
 
 
-@pytest.mark.parametrize("at_once", [1, 60, 1 << 26])
-def test_sampled_softmax_does_not_depend_on_the_block_size(monkeypatch, at_once):
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
+@pytest.mark.parametrize(("at_once", "columns"), [(1, 1), (60, 1), (1 << 26, 1), (60, 8)])
+def test_sampled_softmax_does_not_depend_on_block_size_and_padding(monkeypatch, at_once, columns):
+    monkeypatch.setitem(losses.COLUMNS, "cpu", columns)
+    monkeypatch.setitem(losses.LOGITS_AT_ONCE, "cpu", at_once)
     monkeypatch.setattr(matmul, "CPU_COLUMNS", 7)
     torch.manual_seed(1)
     head, hidden = small_model().head(1), (5 * torch.randn(9, 8)).requires_grad_()
