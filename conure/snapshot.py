@@ -109,7 +109,7 @@ class Snapshot:
         print(f"resuming from {self.path}: step {state.step}, epoch {state.epoch:g}")
         if content["device"] != device.type:
             print(
-                f"it was made on {content['device']}; {device.type} uses different dropout masks and rounding: the "
+                f"it was made on {content['device']}; {device.type} draws and rounds differently: the "
                 "result is as good, but not bit-identical to that of a run on one device"
             )
         return True
