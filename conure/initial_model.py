@@ -22,10 +22,11 @@ INFORMED_DEVIATION = 0.5  # of a readout, relative to last hidden states, where 
 HALVED = np.log(2)  # difference of mean log ranks that halves the geometric mean rank
 
 
-def initial_model(files: StageFiles, device: torch.device, of_classes: bool) -> tuple[NextItNet, bool]:
+def initial_model(files: StageFiles, device: torch.device, of_classes: bool, resumes: bool) -> tuple[NextItNet, bool]:
     """The model as the stage before left it, with a new head in tp; for the first stage a new model.
 
-    Returns it, and whether its head is initialised from task 1's rows. InputError if a layer has no free weight.
+    Returns it, and whether its head is initialised from task 1's rows. If the stage `resumes`, a snapshot will replace
+    the weights, and the spectral initialisation is left out. InputError if a layer has no free weight.
     """
     hp, data, (task, mode) = files.hp, files.data, files.stage
     if files.before is None:
@@ -44,7 +45,7 @@ def initial_model(files: StageFiles, device: torch.device, of_classes: bool) -> 
         if hp.readout_rank:
             model.add_readout(task, min(hp.readout_rank, channels))
     model.to(device)
-    if files.before is None and hp.spectral:
+    if files.before is None and hp.spectral and not resumes:
         spectral_embedding(model, data)
     model.dropout.p = hp.dropout
     if mode == "ret":

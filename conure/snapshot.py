@@ -1,4 +1,4 @@
-"""The snapshot of a stage: the file from which an interrupted run resumes. On a CPU the result is bit-identical.
+"""The snapshot of a stage: the file from which an interrupted run resumes. The result is bit-identical.
 
 A snapshot needs no state of a random number generator: all random numbers follow from the seed and the step.
 """
@@ -93,14 +93,8 @@ class Snapshot:
             content = {"identity": self.identity, "overwrite": self.overwrite, "device": device.type}
             checkpoint.save(self.path, content | {"state": state.state_dict()})
 
-    def resume(self, state: TrainingState, device: torch.device) -> bool:
-        """Restores `state` and `identity` from the file; False if there is none, or if the stage starts over.
-
-        InputError if the file is damaged, or was made with other settings, other data or another model.
-        """
-        content = self.read()
-        if content is None:
-            return False
+    def restore(self, content: dict[str, Any], state: TrainingState, device: torch.device) -> None:
+        """Restores `state` and `identity` from what `read` returned; InputError if it is of another model."""
         found = [tuple(weight.shape) for weight in content["state"]["trained"]]
         if found != [tuple(parameter.shape) for parameter in state.trained]:  # another device chose another head
             raise InputError(f"{self.path} is of another model than this run trains: --overwrite starts the stage over")
@@ -112,9 +106,12 @@ class Snapshot:
                 f"it was made on {content['device']}; {device.type} draws and rounds differently: the "
                 "result is as good, but not bit-identical to that of a run on one device"
             )
-        return True
 
     def read(self) -> dict[str, Any] | None:
+        """The content of the file; None if there is none, or if the stage starts over.
+
+        InputError if the file is damaged, or was made with other settings or other data.
+        """
         if not os.path.exists(self.path):
             return None
         try:

@@ -85,7 +85,8 @@ class Run:
         with self.files.closed_on_failure():
             make_deterministic(self.device)
             torch.manual_seed(hp.seed)  # of initial weights
-            self.model, informed = initial_model(self.files, self.device, metric == "accuracy")
+            snapshot = self.files.snapshot.read()
+            self.model, informed = initial_model(self.files, self.device, metric == "accuracy", snapshot is not None)
             trained = self.model.train_only(stage)
             groups = parameter_groups(self.model, stage.task, hp.table_rate * hp.learning_rate)
             optimiser = adam(groups, hp.learning_rate, hp.beta1)
@@ -96,12 +97,13 @@ class Run:
             self.results = Results(os.path.join(hp.checkpoint_dir, "results.csv"), stage)
             self.state = TrainingState(trained, optimiser, self.results.own)
             self.stop = StopRequest()
-            resumed = self.files.snapshot.resume(self.state, self.device)
+            if snapshot is not None:
+                self.files.snapshot.restore(snapshot, self.state, self.device)
             identity = self.files.identity
             identity["precision"] = pick_precision(identity["precision"], self.device)  # a resumed run has one
             announce(hp, data, self.model, count, self.device, identity["precision"], self.protocol)
             processes.wait()  # until all have read the snapshot, which the first process may now remove or replace
-            if not resumed:
+            if snapshot is None:
                 self.files.snapshot.remove()
 
     def train(self, loss: Loss, to_the_end: bool = False) -> None:
