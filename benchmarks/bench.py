@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from conure.device import pick_device
 from conure.errors import InputError
 from conure.files import whole_file
 from conure.matmul import product
@@ -80,7 +81,7 @@ def matmul_gflops(dtype: torch.dtype, size: int = 2048) -> dict[str, float]:
 
 
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return pick_device("auto")
 
 
 def peak_rss_mb() -> float:

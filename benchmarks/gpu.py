@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from conure import launch
-from conure.device import make_deterministic, pick_device
+from conure.device import pick_device
 from conure.errors import InputError
 from conure.settings import Below1, Count, Device, Dilations, KernelSize, Length, Positive, Range, UpTo1, Width
 
@@ -110,7 +110,6 @@ def main(hp: Hyperparameters) -> int:
     if hp.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch initialises CUDA; hides GPUs from the scripts too
     session, checks = Session(hp, pick_device(hp.device)), []
-    make_deterministic(session.device)
     torch.manual_seed(10)
     about = {"torch": str(torch.__version__), "cuda": str(torch.version.cuda), "threads": torch.get_num_threads()}
     report("machine", device=session.device.type, machine=bench.machine(), **about)

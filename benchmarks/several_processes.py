@@ -12,7 +12,6 @@ from typing import Annotated
 from unittest import mock
 
 from conure import launch, processes, training
-from conure.device import make_deterministic
 from conure.processes import Shard
 from conure.settings import Count, Dilations, Range, UpTo1, Width
 
@@ -92,7 +91,6 @@ def main(hp: Hyperparameters) -> int:
     with processes.group("auto"):
         torch.set_num_threads(1)
         torch.manual_seed(10)  # the same model and batch in every process
-        make_deterministic(bench.device())
         steps = steppers(hp)
         given = {f"{name}_mb": megabytes_exchanged(steps[name]) for name in ("by_rows", "whole")}
         seconds = bench.interleaved(steps, hp.steps)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from conure import launch, losses, samplers, training
-from conure.device import make_deterministic
 from conure.losses import Objective
 from conure.settings import Below1, Count, Dilations, KernelSize, Length, Range, Rank, Task, UpTo1, Width
 
@@ -151,7 +150,6 @@ def steppers(hp: Hyperparameters, model: NextItNet, time: int) -> dict[str, Call
 
 def main(hp: Hyperparameters) -> None:
     torch.manual_seed(10)
-    make_deterministic(bench.device())
     time = hp.length - 1 if hp.task == 1 else hp.length + 1
     model = make_model(hp)
     steps = steppers(hp, model, time)

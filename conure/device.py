@@ -1,6 +1,4 @@
-"""The device of a run, its precision, and determinism."""
-
-import os
+"""The device of a run, and the precision of its matrix products."""
 
 from conure.errors import InputError
 
@@ -8,12 +6,18 @@ import torch
 
 
 def pick_device(name: str) -> torch.device:
-    """auto, cpu or cuda → the device; InputError for cuda without a GPU."""
+    """auto, cpu or cuda → the device; InputError for cuda without a GPU.
+
+    Results there become the same, bit for bit, from run to run, which resuming relies on. A GPU warns of what it cannot
+    compute so.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this torch sees no GPU; use --device auto or cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.backends.cudnn.allow_tf32 = False  # float32 convolutions on a GPU would be TF32, with 10 bits of mantissa
+    torch.use_deterministic_algorithms(True, warn_only=name == "cuda")
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.allow_tf32 = False  # by default float32 convolutions keep 10 bits of the mantissa
     return torch.device(name)
 
 
@@ -30,13 +34,6 @@ def pick_precision(name: str, device: torch.device) -> str:
         cpu = torch.cpu.get_capabilities()
         native = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     return "bfloat16" if native else "float32"
-
-
-def make_deterministic(device: torch.device) -> None:
-    """Makes results bit-identical from run to run on the same device, which resuming relies on."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may sum in another order
-    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
-    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def can_compile(device: torch.device) -> bool:

@@ -1,6 +1,7 @@
 """The losses of task 1 and of later tasks. Each is a callable that samples its own negatives, if it needs any.
 
-Batches are on the CPU, so that negatives and labels can be prepared without waiting for a GPU.
+Batches are on the CPU, so that their sizes are known without waiting for a GPU. Negatives are drawn on the generator's
+device.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from pruning import Stage
 # For any number of negatives 256 MB, on a GPU 1 GB, and half as much again for bfloat16 products.
 LOGITS_AT_ONCE = {"cpu": 1 << 26, "cuda": 1 << 28}
 ROWS = 64  # the number of rows is padded to a multiple, as oneDNN compiles and caches a kernel per shape
-COLUMNS = {"cpu": 1, "cuda": 8}  # likewise of columns, as other products take a GPU three times as long
+COLUMNS = {"cpu": 1, "cuda": 8}  # likewise the number of columns; a GPU takes three times as long for others
 ENCODED_ROWS = 8  # likewise the number of distinct rows in a batch
 EXCLUDED = -1e30  # logit of an excluded column; finite, as a piece may have no other column
 ALONE = Shard()  # the whole batch
@@ -88,7 +89,7 @@ class LogSumExp(torch.autograd.Function):
         hidden_gradient, own_gradient = torch.empty_like(hidden), torch.empty_like(own)
         # Transposed, (C, S), as oneDNN is twice as fast for a product whose shorter side comes first.
         weight_gradient, bias_gradient = hidden.new_zeros(hidden.shape[1], len(weight)), torch.zeros_like(bias)
-        total, at_once = hidden.new_zeros(()), max(1, LOGITS_AT_ONCE[kind] // size)
+        total, at_once = hidden.new_zeros(()), max(1, LOGITS_AT_ONCE[kind] // len(weight))
         for start in range(0, len(hidden), at_once):
             block = slice(start, min(start + at_once, len(hidden)))
             inputs, of_block = hidden[block].to(dtype), slice(first[block.start], first[block.stop])

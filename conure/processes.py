@@ -1,6 +1,7 @@
 """One process, or several that torchrun started: shards of a batch, sums of gradients, and the process that writes.
 
-Every process reads the same data and draws the same batches and negatives. Each computes its shard of every batch.
+Every process reads the same data and draws the same batches and, on GPUs of one kind, the same negatives. Each
+computes its shard of every batch.
 """
 
 import contextlib

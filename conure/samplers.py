@@ -25,14 +25,16 @@ class LogUniformSampler:
         device = generator.device
         if device.type == "cpu":
             return self.distinct(generator)
-        # A stream of its own, because the host waits for the draw, and should not wait for all pending steps too.
-        self.stream = self.stream or torch.cuda.Stream(device, priority=-1)
+        # The host waits for the draw. On a stream of its own, of high priority, it does not wait for pending steps too.
+        self.stream, pending = self.stream or torch.cuda.Stream(device, priority=-1), torch.cuda.current_stream(device)
         with torch.cuda.stream(self.stream):
             ids, draws = self.distinct(generator)
-        ids.record_stream(torch.cuda.current_stream(device))
+        pending.wait_stream(self.stream)
+        ids.record_stream(pending)
         return ids, draws
 
     def distinct(self, generator: torch.Generator) -> tuple[Tensor, int]:
+        """As `draw`, on the current stream."""
         device = generator.device
         drawn = torch.empty(0, dtype=torch.int64, device=device)
         while True:

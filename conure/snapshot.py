@@ -1,4 +1,4 @@
-"""The snapshot of a stage: the file from which an interrupted run resumes. The result is bit-identical.
+"""The snapshot of a stage, from which an interrupted run resumes, with the result of an uninterrupted one, bit for bit.
 
 A snapshot needs no state of a random number generator: all random numbers follow from the seed and the step.
 """

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from conure import checkpoint, metrics, processes, ranking
-from conure.device import can_compile, make_deterministic, pick_device, pick_precision
+from conure.device import can_compile, pick_device, pick_precision
 from conure.errors import InputError
 from conure.initial_model import initial_model
 from conure.interrupt import StopRequest
@@ -83,7 +83,6 @@ class Run:
         self.device = pick_device(hp.device)
         self.files = files(hp, stage, data)
         with self.files.closed_on_failure():
-            make_deterministic(self.device)
             torch.manual_seed(hp.seed)  # of initial weights
             snapshot = self.files.snapshot.read()
             self.model, informed = initial_model(self.files, self.device, metric == "accuracy", snapshot is not None)
