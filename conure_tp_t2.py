@@ -46,7 +46,7 @@ class Hyperparameters(Running):
     rho: Positive = 0.3  # of bpr's negative sampling: the smaller, the more popular the negatives
     informed_head: bool = ours(True, original=False)  # initialise the head from task 1's, or its bias from frequencies
     lora_rank: Rank = ours(16, original=0)  # rank of the task's LoRA update of the item embedding; 0: none
-    readout_rank: Rank = ours(16, original=0)  # rank of the item sum in the task's readout; 0: the last hidden state
+    readout_rank: Rank = ours(64, original=0)  # rank of the item sum in the task's readout; 0: the last hidden state
     dropout: Below1 = 0.0  # dropout probability of embeddings, residual blocks and hidden states
     l2: NonNegative = ours(0.005, original=0.02)  # l2 * |w|^2 / 2 of the head, or of its distance to task 1's head
     prune_ratio: Share = 0.7  # share of the free conv weights that stays free for later tasks
