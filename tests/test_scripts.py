@@ -313,8 +313,8 @@ def test_each_script_trains_its_own_loss(run_here, monkeypatch, chain_copy, task
 
     def see(run, loss):
         seen.append((loss, run.model.dropout.p))
-        ranks.append([len(table.axes) for table in run.model.updates.values()])
-        assert ranks[-1] == [len(readout.table.axes) for readout in run.model.readouts.values()]
+        updates, readouts = run.model.updates.values(), [readout.table for readout in run.model.readouts.values()]
+        ranks.append([(len(update.axes), len(table.axes)) for update, table in zip(updates, readouts, strict=True)])
         run.files.close()
         raise KeyboardInterrupt
 
@@ -324,8 +324,10 @@ def test_each_script_trains_its_own_loss(run_here, monkeypatch, chain_copy, task
         assert run_here(f"conure_{mode}_t{task}.py", *flags(folder, task), *arguments, "--overwrite")[0] == 130
     improved, original, both = (loss for loss, _ in seen)
     assert [dropout for _, dropout in seen] == [0.3 if task in (1, 4) else 0, 0, 0]
-    earlier, own = [16] * (task - 1 - (mode == "tp" and task > 1)), [16] if mode == "tp" and task > 1 else []
-    assert ranks == [earlier + own, earlier, earlier], "the original has neither update nor readout"
+    of_tasks = [(16, 32), (16, 32), (16, 16)]  # the demo's model has 32 channels
+    there = task - 1 - (mode == "tp" and task > 1)
+    assert ranks[0] == of_tasks[: task - 1], "of update and readout, for tasks 2 and later"
+    assert ranks[1] == ranks[2] == of_tasks[:there], "the original adds neither"
     if task == 1:
         items = original.sampler.items
         assert [loss.sampler.count for loss in (improved, original, both)] == [items // 2, items // 5, items // 2]
