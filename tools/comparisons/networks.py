@@ -135,7 +135,7 @@ class JointLoss:
 
 def draw(size: int, count: int, generator: torch.Generator) -> np.ndarray:
     """Random numbers below `size`, (count,)."""
-    return torch.randint(size, (count,), generator=generator).numpy()
+    return torch.randint(size, (count,), generator=generator, device=generator.device).cpu().numpy()
 
 
 class DistilledLoss:
