@@ -104,14 +104,19 @@ class DilatedConv(torch.autograd.Function):
         )
         if of_x:
             x_gradient = x_gradient[0].permute(1, 2, 0)[padding:].to(ctx.dtypes[0])
-        if of_weight and by_taps:
-            reach = (len(gradient) - 1) * stride + 1
-            taps = (x[first : first + reach : stride] for first in range(0, weight.shape[1] * dilation, dilation))
-            columns = gradient.flatten(0, 1).t().contiguous()
-            weight_gradient = torch.stack([product(columns, tap.flatten(0, 1).t()) for tap in taps], dim=1)
-        elif of_weight:
-            weight_gradient = weight_gradient.squeeze(3).permute(0, 2, 1)
-        return x_gradient, weight_gradient.to(ctx.dtypes[1]) if of_weight else None, None, None
+        if of_weight:
+            taps = weight.shape[1]
+            found = sums_by_tap(gradient, x, taps, stride, dilation) if by_taps else weight_gradient[..., 0].mT
+            weight_gradient = found.to(ctx.dtypes[1])
+        return x_gradient, weight_gradient, None, None
+
+
+def sums_by_tap(gradient: Tensor, x: Tensor, taps: int, stride: int, dilation: int) -> Tensor:
+    """The weight gradient (C_out, K, C_in), from gradient (outputs, B, C_out) and x (P, B, C_in)."""
+    reach = (len(gradient) - 1) * stride + 1
+    inputs = (x[first : first + reach : stride] for first in range(0, taps * dilation, dilation))
+    columns = gradient.flatten(0, 1).t().contiguous()
+    return torch.stack([product(columns, each.flatten(0, 1).t()) for each in inputs], dim=1)
 
 
 def image(x: Tensor) -> Tensor:

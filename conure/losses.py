@@ -24,8 +24,8 @@ from pruning import Stage
 # For any number of negatives 256 MB, on a GPU 1 GB, and half as much again for bfloat16 products.
 LOGITS_AT_ONCE = {"cpu": 1 << 26, "cuda": 1 << 28}
 ROWS = 64  # the number of rows is padded to a multiple, as oneDNN compiles and caches a kernel per shape
-COLUMNS = {"cpu": 1, "cuda": 8}  # likewise the number of columns; a GPU takes three times as long for others
 ENCODED_ROWS = 8  # likewise the number of distinct rows in a batch
+COLUMNS = {"cpu": 1, "cuda": 8}  # the number of columns likewise; a GPU takes three times as long for others
 EXCLUDED = -1e30  # logit of an excluded column; finite, as a piece may have no other column
 ALONE = Shard()  # the whole batch
 
@@ -42,9 +42,7 @@ def entries(bias: Tensor, ids: Tensor) -> Tensor:
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copies the tensor to `device` without waiting for pending work there."""
-    if device == tensor.device or device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor if tensor.device == device else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def part(batch: Batch, shard: Shard) -> tuple[Batch, slice]:
@@ -90,10 +88,11 @@ class LogSumExp(torch.autograd.Function):
         # Transposed, (C, S), as oneDNN is twice as fast for a product whose shorter side comes first.
         weight_gradient, bias_gradient = hidden.new_zeros(hidden.shape[1], len(weight)), torch.zeros_like(bias)
         total, at_once = hidden.new_zeros(()), max(1, LOGITS_AT_ONCE[kind] // len(weight))
+        slices = pieces(hidden, len(weight))
         for start in range(0, len(hidden), at_once):
             block = slice(start, min(start + at_once, len(hidden)))
             inputs, of_block = hidden[block].to(dtype), slice(first[block.start], first[block.stop])
-            parts = [softmax_of(inputs, weight, bias, hits[block], columns) for columns in pieces(hidden, len(weight))]
+            parts = [softmax_of(inputs, weight, bias, hits[block], columns) for columns in slices]
             log_sums = torch.stack([log_sum for _, log_sum in parts], dim=1)
             others = log_sums.logsumexp(dim=1)
             of_label = others[row_of[of_block] - start]
@@ -106,7 +105,7 @@ class LogSumExp(torch.autograd.Function):
             others_share = torch.segment_reduce(share, "sum", lengths=lengths, initial=0, unsafe=True)
             shares = (others_share[:, None] * (log_sums - others[:, None]).exp()).unbind(dim=1)
             hidden_gradient[block] = 0
-            for columns, (within, _), share in zip(pieces(hidden, len(weight)), parts, shares):
+            for columns, (within, _), share in zip(slices, parts, shares):
                 scaled = inputs * share[:, None].to(dtype)
                 bias_gradient[columns] += share.to(dtype) @ within
                 hidden_gradient[block] += product(within, weight[columns].t()) * share[:, None]
