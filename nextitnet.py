@@ -337,16 +337,19 @@ class NextItNet(nn.Module):
         """Item embedding and what the task owns as a whole, mostly tables whose rows a batch seldom touches."""
         return {self.embedding.weight, *self.own(task)}
 
-    def train_only(self, stage: Stage) -> list[nn.Parameter]:
-        """Sets `requires_grad` for the parameters that this stage trains, clears it for all others; returns the former.
+    def trained(self, stage: Stage) -> set[nn.Parameter]:
+        """Parameters that the stage trains: in tp of task 1 all, later the conv weights and the task's own.
 
-        tp of task 1 trains everything. Later stages train the conv weights and the task's own parameters; the item
-        embedding, a head tied to it and the layer norms are frozen. Within a conv weight the owner map decides which
-        elements get a gradient.
+        Within a conv weight the owner map decides which elements get a gradient.
         """
-        everything = stage == Stage(1, "tp")
-        trained = self.own(stage.task) - {self.embedding.weight}
-        trained |= {module.weight for module in self.modules() if isinstance(module, CausalConv)}
+        if stage == Stage(1, "tp"):
+            return set(self.parameters())
+        convs = {module.weight for module in self.modules() if isinstance(module, CausalConv)}
+        return (self.own(stage.task) | convs) - {self.embedding.weight}  # task 1's head may be tied to it
+
+    def train_only(self, stage: Stage) -> list[nn.Parameter]:
+        """Sets `requires_grad` for what the stage trains, clears it for all else; returns the former in order."""
+        trained = self.trained(stage)
         for parameter in self.parameters():
-            parameter.requires_grad_(everything or parameter in trained)
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+            parameter.requires_grad_(parameter in trained)
+        return [parameter for parameter in self.parameters() if parameter in trained]

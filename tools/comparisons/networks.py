@@ -1,6 +1,5 @@
 """The networks that Conure is compared with, and the losses of joint training, replay and distillation."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from conure import losses
@@ -20,27 +19,19 @@ ADAPTER_SHARE = 4  # reduction of an adapter's bottleneck: channels of the netwo
 TEMPERATURE = 2.0  # of the softmax in distillation, as in Learning without Forgetting
 
 
-def only_named(model: nn.Module, chosen: Callable[[str], bool]) -> list[nn.Parameter]:
-    """Freezes all parameters but those whose names are `chosen`, and returns these."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(chosen(name))
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
 class Unprotected(NextItNet):
     """Trains all weights but what other tasks own. It is never pruned, so all weights stay free."""
 
-    def train_only(self, stage: Stage) -> list[nn.Parameter]:
+    def trained(self, stage: Stage) -> set[nn.Parameter]:
         others = {each for task in self.heads if int(task) != stage.task for each in self.own(int(task))}
-        others -= {self.embedding.weight}  # task 1's head may be tied to it
-        return only_named(self, lambda name: self.get_parameter(name) not in others)
+        return set(self.parameters()) - others | {self.embedding.weight}  # task 1's head may be tied to it
 
 
 class AllHeads(NextItNet):
     """Trains all weights, also those that other tasks own."""
 
-    def train_only(self, stage: Stage) -> list[nn.Parameter]:
-        return only_named(self, lambda name: True)
+    def trained(self, stage: Stage) -> set[nn.Parameter]:
+        return set(self.parameters())
 
 
 class Joint(AllHeads):
@@ -56,19 +47,16 @@ class FrozenHead(NextItNet):
     A head without such a start, as gender's, is trained.
     """
 
-    def train_only(self, stage: Stage) -> list[nn.Parameter]:
-        trained = super().train_only(stage)
-        if stage.task in self.anchors:
-            self.head(stage.task).requires_grad_(False)
-        return [parameter for parameter in trained if parameter.requires_grad]
+    def trained(self, stage: Stage) -> set[nn.Parameter]:
+        frozen = self.head(stage.task).parameters() if stage.task in self.anchors else ()
+        return super().trained(stage) - set(frozen)
 
 
 class HeadOnly(NextItNet):
     """Trains what the task owns as a whole: its head, and its update and readout if it has them."""
 
-    def train_only(self, stage: Stage) -> list[nn.Parameter]:
-        own = self.own(stage.task)
-        return only_named(self, lambda name: self.get_parameter(name) in own)
+    def trained(self, stage: Stage) -> set[nn.Parameter]:
+        return self.own(stage.task)
 
 
 class Adapter(nn.Module):
@@ -97,8 +85,9 @@ class Adapted(NextItNet):
                 conv.adapter = Adapter(self.architecture["channels"])
                 conv.register_forward_hook(lambda conv, _, output: conv.adapter(output))
 
-    def train_only(self, stage: Stage) -> list[nn.Parameter]:
-        return only_named(self, lambda name: ".adapter." in name or name.startswith(f"heads.{stage.task}."))
+    def trained(self, stage: Stage) -> set[nn.Parameter]:
+        adapters = (module for module in self.modules() if isinstance(module, Adapter))
+        return self.own(stage.task) | {parameter for adapter in adapters for parameter in adapter.parameters()}
 
 
 @torch.no_grad()
