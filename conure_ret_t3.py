@@ -43,7 +43,8 @@ class Hyperparameters(Running):
     loss: losses.Name = ours("softmax", original="bpr")  # softmax over all targets; bpr: one sampled negative
     rho: Positive = 0.3  # of bpr's negative sampling: the smaller, the more popular the negatives
     dropout: Below1 = 0.0  # dropout probability of embeddings, residual blocks and hidden states
-    l2: NonNegative = ours(0.005, original=0.05)  # l2 * |w|^2 / 2 of the head, or of its distance to task 1's head
+    l2: NonNegative = ours(0.005, original=0.05)  # l2 * |w|^2 / 2 of a head that starts at random
+    l2_sp: NonNegative = 0.001  # of a head that starts as task 1's rows: l2_sp * |w - rows|^2 / 2
     test_fraction: Share = 0.2  # share of the examples held out, half for validation, half for test; as in tp
     split_seed: SplitSeed = 10  # of the choice of held-out examples
     split_by: SplitBy = "example"  # hold out examples, or whole users

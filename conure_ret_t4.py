@@ -30,7 +30,7 @@ class Hyperparameters(Running):
     beta1: Below1 = 0.9  # of Adam
     loss: losses.Name = ours("softmax", original="bce")  # softmax over all classes; bce: one uniform negative
     dropout: Below1 = ours(0.3, original=0.0)  # dropout probability of embeddings, residual blocks and hidden states
-    l2: NonNegative = 0.02  # l2 * |w|^2 / 2 of the head, or of its distance to task 1's head
+    l2: NonNegative = 0.02  # l2 * |w|^2 / 2 of the head
     test_fraction: Share = 0.2  # share of the examples held out, half for validation, half for test; as in tp
     split_seed: SplitSeed = 10  # of the choice of held-out examples
     split_by: SplitBy = "example"  # hold out examples, or whole users

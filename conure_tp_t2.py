@@ -48,7 +48,8 @@ class Hyperparameters(Running):
     lora_rank: Rank = ours(16, original=0)  # rank of the task's LoRA update of the item embedding; 0: none
     readout_rank: Rank = ours(64, original=0)  # rank of the item sum in the task's readout; 0: the last hidden state
     dropout: Below1 = 0.0  # dropout probability of embeddings, residual blocks and hidden states
-    l2: NonNegative = ours(0.005, original=0.02)  # l2 * |w|^2 / 2 of the head, or of its distance to task 1's head
+    l2: NonNegative = ours(0.005, original=0.02)  # l2 * |w|^2 / 2 of a head that starts at random
+    l2_sp: NonNegative = 0.001  # of a head that starts as task 1's rows: l2_sp * |w - rows|^2 / 2
     prune_ratio: Share = 0.7  # share of the free conv weights that stays free for later tasks
     test_fraction: Share = 0.2  # share of the examples held out, half for validation, half for test
     split_seed: SplitSeed = 10  # of the choice of held-out examples

@@ -45,7 +45,7 @@ class Hyperparameters(Running):
     lora_rank: Rank = ours(16, original=0)  # rank of the task's LoRA update of the item embedding; 0: none
     readout_rank: Rank = ours(16, original=0)  # rank of the item sum in the task's readout; 0: the last hidden state
     dropout: Below1 = ours(0.3, original=0.0)  # dropout probability of embeddings, residual blocks and hidden states
-    l2: NonNegative = 0.02  # l2 * |w|^2 / 2 of the head, or of its distance to task 1's head
+    l2: NonNegative = 0.02  # l2 * |w|^2 / 2 of the head
     prune_ratio: Share = 0.7  # share of the free conv weights that stays free for later tasks
     test_fraction: Share = 0.2  # share of the examples held out, half for validation, half for test
     split_seed: SplitSeed = 10  # of the choice of held-out examples

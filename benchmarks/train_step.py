@@ -75,7 +75,7 @@ def make_loss(hp: Hyperparameters, batch: Batch) -> losses.Loss:
         return losses.NextItemLoss(negatives, None, hp.earlier_items)
     known = np.zeros((len(batch.rows), hp.per_user), np.int64)
     known.flat[: hp.batch_size] = batch.targets
-    return losses.TargetLoss(0.02, known.__getitem__)
+    return losses.TargetLoss(known.__getitem__, 0.02)
 
 
 def random_batch(hp: Hyperparameters, time: int) -> Batch:

@@ -234,15 +234,15 @@ class NextItemLoss:
 
 
 class TargetLoss:
-    """Tasks 2+: cross entropy of the target over all targets but `<UNK>`, plus l2 * |head|^2 / 2.
+    """Tasks 2+: cross entropy of the target over all targets but `<UNK>`, plus a penalty on the head.
 
-    The softmax leaves out what is known of a row, its other targets included. If the model has an anchor for the head,
-    the penalty is on the distance to that (L2-SP: Li et al., ICML 2018).
+    The softmax leaves out what is known of a row, its other targets included. The penalty is l2 * |head|^2 / 2, or if
+    the model has an anchor for the head, l2_sp * |head - anchor|^2 / 2 (L2-SP: Li et al., ICML 2018).
     """
 
-    def __init__(self, l2: float, known: Callable[[np.ndarray], np.ndarray]):
+    def __init__(self, known: Callable[[np.ndarray], np.ndarray], l2: float, l2_sp: float = 0.0):
         """`known` maps rows (R,) to known targets (R, M) like Known.of_rows, training targets included."""
-        self.l2, self.known = l2, known
+        self.known, self.l2, self.l2_sp = known, l2, l2_sp
 
     def __call__(
         self, model: NextItNet, stage: Stage, batch: Batch, generator: torch.Generator, shard: Shard = ALONE
@@ -260,7 +260,7 @@ class TargetLoss:
     def penalty(self, model: NextItNet, task: int) -> Tensor:
         weight = model.head(task).weight
         if task in model.anchors:
-            weight = weight - model.anchors[task]
+            return self.l2_sp * (weight - model.anchors[task]).square().sum() / 2
         return self.l2 * weight.square().sum() / 2
 
     def ids(self, targets: Tensor, generator: torch.Generator) -> Tensor:
@@ -277,8 +277,14 @@ class TargetLoss:
 class PairLoss(TargetLoss):
     """The target against one sampled negative, by a loss of PAIRWISE, instead of the cross entropy."""
 
-    def __init__(self, compare: Callable[[Tensor, Tensor], Tensor], sampler: samplers.TargetSampler, l2: float):
-        self.l2, self.compare, self.sampler = l2, compare, sampler
+    def __init__(
+        self,
+        compare: Callable[[Tensor, Tensor], Tensor],
+        sampler: samplers.TargetSampler,
+        l2: float,
+        l2_sp: float = 0.0,
+    ):
+        self.compare, self.sampler, self.l2, self.l2_sp = compare, sampler, l2, l2_sp
 
     def ids(self, targets: Tensor, generator: torch.Generator) -> Tensor:
         """Target and negative, (B, 2)."""
@@ -304,15 +310,16 @@ def next_item(hp: Any, data: TaskData) -> NextItemLoss:
 
 def target(hp: Any, data: TaskData) -> TargetLoss:
     """The loss of a later task, by its hyperparameters; negatives follow `rho`, or are uniform without it."""
+    l2_sp = getattr(hp, "l2_sp", 0.0)  # heads of classes never start as task 1's rows
     if hp.loss == "softmax":
         known = "known" if ranking.left_out(hp, data) == "known" else "targets"
-        return TargetLoss(hp.l2, ranking.Known(data, known).of_rows)
+        return TargetLoss(ranking.Known(data, known).of_rows, hp.l2, l2_sp)
     size = len(data.target_vocabulary)
     if hasattr(hp, "rho"):
         probabilities = samplers.static_probabilities(data.targets, size, hp.rho)
     else:
         probabilities = samplers.uniform_probabilities(size)
-    return PairLoss(PAIRWISE[hp.loss], samplers.TargetSampler(probabilities), hp.l2)
+    return PairLoss(PAIRWISE[hp.loss], samplers.TargetSampler(probabilities), hp.l2, l2_sp)
 
 
 class Objective:

@@ -307,7 +307,7 @@ def test_losses_of_later_tasks_equal_torchs_without_unk(bias):
         torch.nn.init.normal_(model.head(2).bias)
     targets, penalty = torch.tensor([1, 6, 3, 3, 2]), 0.1 * model.head(2).weight.square().sum() / 2
     scores = model.scores(user, stage)
-    ours = losses.TargetLoss(0.1, targets[:, None].numpy().__getitem__)(model, stage, batch_of(user, targets), None)
+    ours = losses.TargetLoss(targets[:, None].numpy().__getitem__, 0.1)(model, stage, batch_of(user, targets), None)
     torch.testing.assert_close(ours, F.cross_entropy(scores[:, 1:], targets - 1) + penalty)
     pair = losses.PairLoss(losses.bpr, TargetSampler(uniform_probabilities(7)), 0.1)
     negatives = pair.sampler.draw(targets, torch.Generator().manual_seed(1))
@@ -323,7 +323,7 @@ def test_each_row_of_a_batch_is_encoded_once_with_the_loss_of_every_example():
     row_of, targets, encoded = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([1, 3, 3, 6, 2, 6]), []
     known = np.array([[1, 3, 8, 0], [3, 0, 0, 4], [2, 7, 6, 5]])
     batch = Batch(np.array([4, 6, 9]), user, row_of, targets)
-    loss = losses.TargetLoss(0.1, lambda rows: known[rows // 3 - 1])
+    loss = losses.TargetLoss(lambda rows: known[rows // 3 - 1], 0.1)
     with model.embedding.register_forward_hook(lambda module, ids, output: encoded.append(output.shape[1])):
         ours = loss(model, stage, batch, None)
     assert encoded == [losses.ENCODED_ROWS]  # three rows, padded to this number
@@ -339,7 +339,7 @@ def test_each_row_of_a_batch_is_encoded_once_with_the_loss_of_every_example():
 def test_the_losses_of_shards_sum_to_that_of_the_batch():
     model, stage, user = small_model(), Stage(2, "tp"), torch.randint(50, (3, 12))
     batch = Batch(np.arange(3), user, torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([1, 3, 3, 6, 2, 6]))
-    loss = losses.TargetLoss(0.1, np.array([[1, 3, 0], [3, 0, 0], [2, 6, 0]]).__getitem__)
+    loss = losses.TargetLoss(np.array([[1, 3, 0], [3, 0, 0], [2, 6, 0]]).__getitem__, 0.1)
     pair = losses.PairLoss(losses.bpr, TargetSampler(uniform_probabilities(7)), 0.1)
     for each in (loss, pair):
         whole, *shares = (
@@ -380,7 +380,7 @@ def test_each_epoch_has_every_example_once_in_a_new_order(by_user):
     assert (orders[0] == training.shuffled_examples(data, np.random.default_rng((10, 0)), by_user)).all()
 
 
-def test_l2_holds_an_informed_head_near_its_start():
+def test_l2_sp_holds_an_informed_head_near_its_start():
     model, stage, user = small_model(), Stage(2, "tp"), torch.randint(50, (5, 12))
     model.add_head(2, 7)
     items = Vocabulary(["<UNK>", *(f"item {id}" for id in range(1, 50))])
@@ -390,7 +390,7 @@ def test_l2_holds_an_informed_head_near_its_start():
     start[[1, 3, 4, 6]] = model.head(1).weight[[4, 9, 49, 1]].detach()
     for expected in (0.1 * (weight - start).square().sum() / 2, 0):
         known = wanted[:, None].numpy().__getitem__
-        both = (losses.TargetLoss(l2, known)(model, stage, batch_of(user, wanted), None) for l2 in (0.1, 0))
+        both = (losses.TargetLoss(known, 0.7, l2_sp)(model, stage, batch_of(user, wanted), None) for l2_sp in (0.1, 0))
         with_penalty, without = both
         torch.testing.assert_close(with_penalty, without + expected)
         with torch.no_grad():

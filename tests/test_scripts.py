@@ -320,6 +320,7 @@ def test_each_script_trains_its_own_loss(run_here, monkeypatch, chain_copy, task
 
     monkeypatch.setattr(training.Run, "train", see)
     given = ["--negative_fraction", "0.5", "--padding_in_loss"] if task == 1 else ["--l2", "0.125"]
+    given += ["--l2_sp", "0.25"] if task in (2, 3) else []
     for arguments in (given, ["--as_original"], ["--as_original", *given]):
         assert run_here(f"conure_{mode}_t{task}.py", *flags(folder, task), *arguments, "--overwrite")[0] == 130
     improved, original, both = (loss for loss, _ in seen)
@@ -337,6 +338,7 @@ def test_each_script_trains_its_own_loss(run_here, monkeypatch, chain_copy, task
     else:
         assert type(improved) is losses.TargetLoss and improved.l2 == both.l2 == 0.125
         assert original.l2 == (0.05 if task == 3 else 0.02)
+        assert improved.l2_sp == both.l2_sp == (0 if task == 4 else 0.25)
         assert original.compare is (losses.bce if task == 4 else losses.bpr)
         steps = original.sampler.cumulative.diff()
         assert (steps.max() - steps.min() < 1e-9) == (task == 4), "uniform for classes, by popularity for items"
@@ -378,6 +380,6 @@ def test_the_chain_ends_where_the_next_tasks_data_are_missing(monkeypatch):
 def test_a_loss_is_added_in_one_place():
     """`--loss` allows each of PAIRWISE, and `target` takes it."""
     for name, loss in losses.PAIRWISE.items():
-        hp = settings.of_script("conure_tp_t2.py", loss=name, l2=0.0)
+        hp = settings.of_script("conure_tp_t2.py", loss=name)
         targets = SimpleNamespace(targets=np.array([1, 2, 2]), target_vocabulary=range(3))
         assert losses.target(hp, targets).compare is loss

@@ -90,6 +90,20 @@ def test_joint_training_uses_the_optimiser_settings_of_task_1(compared):
         assert [first[name] for name in ("table_rate", "dropout", "decay")] == ["10.0", "0.3", "True"]
 
 
+@pytest.mark.parametrize(
+    "l2_sp, place",
+    [
+        ("0.005", ("SASRec", "informed_t2", "tp_t2.pt")),
+        ("0.005", ("PeterRec", "informed_t3", "tp_t3.pt")),
+        ("0.005", ("no_readout", "ret_t3.pt")),
+        ("0.001", ("Conure", "ret_t3.pt")),
+    ],
+)
+def test_three_methods_hold_their_heads_harder_to_the_start(compared, l2_sp, place):
+    content = load(compared[0], *place)
+    assert content["tasks"][content["task"]]["hyperparameters"][content["mode"]]["l2_sp"] == l2_sp
+
+
 def test_a_random_backbone_is_never_trained(compared):
     flags, _, _ = compared
     places = [
