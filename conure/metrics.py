@@ -125,24 +125,32 @@ def first_values(ranks: Ranks, protocol: Protocol) -> tuple[np.ndarray, np.ndarr
     return reciprocal_ranks(ranks.ranks, protocol.top_k), ranks.users
 
 
-def resampled_means(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(RESAMPLES,) means by a bootstrap that resamples users, each with all of their values, and runs.
+def resampled_ratios(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """(RESAMPLES,) ratios of two sums by a bootstrap that resamples users, each with all of their values, and runs.
 
-    `sums`, `counts` (runs, users): the sum and the number of each user's values in each run.
+    `above`, `below` (runs, users): what each user adds to the two sums in each run.
     """
-    random, (runs, users), means = np.random.default_rng(10), sums.shape, []
+    random, (runs, users), ratios = np.random.default_rng(10), above.shape, []
     for _ in range(RESAMPLES):
         weights = np.bincount(random.integers(users, size=users), minlength=users)
         drawn = random.integers(runs, size=runs)
-        means.append((sums @ weights)[drawn].sum() / (counts @ weights)[drawn].sum())
-    return np.array(means)
+        ratios.append((above @ weights)[drawn].sum() / (below @ weights)[drawn].sum())
+    return np.array(ratios)
 
 
-def interval(runs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
-    """The 95 % bootstrap interval of a mean over runs, each given by values (N,) and the user of each (N,)."""
+def interval(
+    runs: Sequence[tuple[np.ndarray, np.ndarray]], over: Sequence[np.ndarray] | None = None
+) -> tuple[float, float]:
+    """The 95 % bootstrap interval of a mean over runs, each given by values (N,) and the user of each (N,).
+
+    With `over`, other values (N,) of the same examples in each run, it is that of the ratio of the two means.
+    """
     users, user = np.unique(np.concatenate([users for _, users in runs]), return_inverse=True)
-    parts = np.split(user, np.cumsum([len(values) for values, _ in runs])[:-1])
-    sums = [np.bincount(part, values, len(users)) for part, (values, _) in zip(parts, runs)]
-    counts = [np.bincount(part, minlength=len(users)) for part in parts]
-    low, high = np.percentile(resampled_means(np.stack(sums), np.stack(counts)), INTERVAL)
+    values = [values for values, _ in runs]
+    parts = np.split(user, np.cumsum(list(map(len, values)))[:-1])
+    above, below = (
+        np.stack([np.bincount(part, of_run, len(users)) for part, of_run in zip(parts, each)])
+        for each in (values, over or map(np.ones_like, values))
+    )
+    low, high = np.percentile(resampled_ratios(above, below), INTERVAL)
     return float(low), float(high)

@@ -9,7 +9,7 @@ from conure.metrics import (
     first_values,
     interval,
     ranking_scores,
-    resampled_means,
+    resampled_ratios,
     score,
 )
 
@@ -84,11 +84,22 @@ def test_an_interval_is_a_bootstrap_over_users():
     assert interval([(np.ones(9), np.arange(9))]) == (1, 1)
 
 
+def test_the_interval_of_a_ratio_is_paired():
+    """Values that are all twice as large leave no doubt; otherwise its width follows the delta method."""
+    random, users = np.random.default_rng(1), np.arange(400)
+    theirs, ours = random.random(400), random.random(400)
+    assert interval([(2 * theirs, users)], [theirs]) == pytest.approx((2, 2))
+    low, high = interval([(ours, users)] * 3, [theirs] * 3)
+    ratio = ours.mean() / theirs.mean()
+    error = (ours - ratio * theirs).std() / math.sqrt(400) / theirs.mean()
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1) and low < ratio < high
+
+
 def test_variance_over_runs_widens_an_interval():
     sums, counts = np.full((5, 50), 0.5), np.ones((5, 50))
-    assert np.ptp(resampled_means(sums, counts)) == 0
+    assert np.ptp(resampled_ratios(sums, counts)) == 0
     sums *= np.arange(5)[:, None]
-    means = resampled_means(sums, counts)
+    means = resampled_ratios(sums, counts)
     assert means.mean() == pytest.approx(1, abs=0.03) and means.std() == pytest.approx(
         sums.std() / math.sqrt(5), rel=0.1
     )

@@ -28,7 +28,7 @@ SHORTER = {
         "--min_rows 2 --history 0.5 --output_dir apart/Data"
     ),
     ".venv/bin/python -m tools.baselines --data_dir DATA_DIR --only Conure": TINY,
-    ".venv/bin/python -m tools.baselines --data_dir DATA_DIR --later_test_fraction 0.9 --only Conure": (
+    ".venv/bin/python -m tools.baselines --data_dir DATA_DIR --later_test_fraction 0.9 --only SinMo --only Conure": (
         f"{TINY} --output_dir checkpoints/tenth"
     ),
     ".venv/bin/python -m tools.baselines --data_dir DATA_DIR": f"{TINY} --only FineHead",

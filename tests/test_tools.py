@@ -1,6 +1,7 @@
 """tools.baselines and tools.capacity, on the demo data with tiny models."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -44,6 +45,9 @@ def test_every_method_is_compared_on_every_task(compared):
     assert counts["nunique"].to_dict() == dict.fromkeys(counts.index, 4) | {"no_task_2": 2, "zero_shot": 2}
     for method in counts.index:
         assert f"| {method} | " in printed
+    scores, *_, ratios = re.findall(r"^\| popular \| ([\d.]+) .*", printed, re.MULTILINE)
+    ours = re.search(r"^\| Conure \| ([\d.]+) ", printed, re.MULTILINE)[1]
+    assert float(ratios) == pytest.approx(float(ours) / float(scores), rel=0.01), "Conure over popular on task 1"
 
 
 def test_conure_forgets_nothing_and_fine_tuning_forgets(compared):
@@ -161,13 +165,16 @@ def test_a_second_run_trains_nothing_and_prints_the_same(compared, run_here):
     assert (folder / "baselines.csv").exists()
 
 
-def test_one_method_alone(demo, tmp_path):
+def test_some_methods_alone(demo, tmp_path):
     flags = ["--data_dir", str(demo / "Data"), "--output_dir", str(tmp_path), "--seeds", "1", *SMALL]
+    few = run_python("-m", "tools.baselines", *flags, "--only", "popular", "--only", "zero_shot")
+    assert set(pd.read_csv(tmp_path / "baselines_popular_zero_shot.csv")["method"]) == {"popular", "zero_shot"}
+    assert "Conure" not in few
     printed = run_python("-m", "tools.baselines", *flags, "--only", "FineHead")
     output = tmp_path / "baselines_FineHead"
     assert printed.endswith(f"\nwrote {output}.csv\nwrote {output}.md\n")
     trained = {path.relative_to(tmp_path / "seed_10").parts[0] for path in tmp_path.rglob("*.pt")}
-    assert trained == {"SinMo", "FineHead"}
+    assert trained == {"Conure", "SinMo", "FineHead"}, "zero_shot is task 1 of Conure"
     assert set(pd.read_csv(tmp_path / "baselines_FineHead.csv")["method"]) == {"FineHead"}
 
 

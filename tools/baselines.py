@@ -19,18 +19,18 @@ One model for all tasks:
   replay           SinMoAll with replay of a tenth of the training examples of earlier tasks
   no_retraining    Conure without retraining, scored after pruning
   no_task_2        Conure, task 3 learned right after task 1
-  random_head      Conure with randomly initialised heads
+  random_head      Conure with heads that start at random, and the l2 and readouts of such heads
   frozen_head      Conure, where tasks 2 and 3 use task 1's head without training it
   frozen_embedding Conure without updates of the item embedding
   no_readout       Conure, where tasks 2 to 4 read the last hidden state
   Conure           the eight scripts
 
-Other methods train a task for as many epochs as Conure's tp and ret together, with the same learning rate, batch size
-and loss; `l2_sp` is larger in SASRec, PeterRec and no_readout, which are better so by validation. New models but
-random_backbone start with a spectral item embedding, from the rows of their own task. Tasks 2 to 4 have readouts in
-SinMo, FineAll, SinMoAll, LwF, replay and Conure with its other ablations. FineAll, FineHead, MTL and PeterRec use
-SinMo's model for task 1. A method that starts from a model of task 1 learns each later task twice, with the scripts'
-head and with a random one, and keeps the better by validation; seconds count that one alone.
+Other methods but MTL train a task for as many epochs as Conure's tp and ret together, with the same learning rate,
+batch size and loss; `l2_sp` is larger in SASRec, PeterRec and no_readout, which are better so by validation. New
+models but random_backbone start with a spectral item embedding, from the rows of their own task. Tasks 2 to 4 have
+readouts in SinMo, FineAll, SinMoAll, LwF, replay and Conure with its other ablations. FineAll, FineHead, MTL and
+PeterRec use SinMo's model for task 1. A method that starts from a model of task 1 learns each later task twice, with
+the scripts' head and with a random one, and keeps the better by validation; seconds count that one alone.
 
 READS  the task files in data_dir; the comparison ends before the first missing one
 WRITES to output_dir: a folder per seed and method, from which an interrupted run resumes; baselines.csv, a row per
@@ -78,7 +78,7 @@ KEPT = 0.1  # share of a task's training examples that replay keeps
 @dataclass
 class Hyperparameters(study.Settings):
     output_dir: str = "checkpoints/baselines"  # a folder per seed and method, baselines.csv and baselines.md
-    only: str = ""  # one method, and the models that it starts from; empty: all methods
+    only: tuple[str, ...] = ()  # a method, and the models that it starts from; may be repeated; none: all methods
     overwrite: bool = False  # replace the tables of an earlier run; its checkpoints stay and are not trained again
 
 
@@ -251,7 +251,7 @@ def bytes_to_serve(served: Iterable[tuple[dict[str, Any], set[int]]]) -> int:
 def compare(hp: Hyperparameters, seed: int) -> tuple[list[Row], list[dict[str, Any]]]:
     """The rows of the comparison and of the forgetting table with one seed."""
     runs, scores, forgotten = Comparison(hp, seed), [], []
-    for method in [hp.only] if hp.only else ALL:
+    for method in hp.only or ALL:
         print(f"seed {seed}: {method}", flush=True)
         for step in runs.steps(method):
             for variant in step.variants():
@@ -263,9 +263,10 @@ def compare(hp: Hyperparameters, seed: int) -> tuple[list[Row], list[dict[str, A
 
 
 def main(hp: Hyperparameters) -> None:
-    if hp.only and hp.only not in ALL:
-        raise InputError(f"--only {hp.only} is no method: give one of {', '.join(ALL)}")
-    output = os.path.join(hp.output_dir, f"baselines_{hp.only}" if hp.only else "baselines")
+    for method in hp.only:
+        if method not in ALL:
+            raise InputError(f"--only {method} is no method: give one of {', '.join(ALL)}")
+    output = os.path.join(hp.output_dir, "_".join(["baselines", *hp.only]))
     check_output(f"{output}.csv", hp.overwrite)
     check_output(f"{output}.md", hp.overwrite)
     seeds = study.over_seeds(hp, compare)
@@ -277,8 +278,8 @@ def main(hp: Hyperparameters) -> None:
     forgotten = pd.DataFrame([row for _, forgotten in seeds for row in forgotten])
     intervals = f"95 % intervals by bootstrap over users and the {hp.seeds} seeds, each with a split of its own"
     lines = [f"Test scores: means and {intervals}.", "", *tables.score_lines(table, runs)]
-    if not hp.only:
-        lines += ["", "What Conure gains, paired by example:", "", *tables.difference_lines(table, runs, "Conure")]
+    if {method for method, _ in runs} > {"Conure"}:
+        lines += ["", "What Conure gains, paired by example:", *tables.gain_lines(table, runs, "Conure")]
     if len(forgotten):
         lines += ["", "After learning further tasks:", "", *tables.forgetting_lines(forgotten)]
     with whole_file(f"{output}.csv") as file:

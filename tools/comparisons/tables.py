@@ -41,6 +41,15 @@ def difference(ours: Runs, theirs: Runs) -> str:
     return f"{mean(runs):+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
+def ratio(ours: Runs, theirs: Runs) -> str:
+    """`1.17 [1.02, 1.33]`: ours over theirs, paired by example; empty if theirs is 0."""
+    if mean(theirs) == 0:
+        return ""
+    with np.errstate(divide="ignore", invalid="ignore"):  # theirs may be 0 for the users that a bootstrap draws
+        low, high = metrics.interval(ours, [values for values, _ in theirs])
+    return f"{mean(ours) / mean(theirs):.2f} [{low:.2f}, {high:.2f}]"
+
+
 def score_lines(table: pd.DataFrame, runs: dict[tuple[str, int], Runs]) -> list[str]:
     """A row per method: its score on every task and its costs."""
     tasks = columns(table)
@@ -54,14 +63,15 @@ def score_lines(table: pd.DataFrame, runs: dict[tuple[str, int], Runs]) -> list[
     return lines
 
 
-def difference_lines(table: pd.DataFrame, runs: dict[tuple[str, int], Runs], method: str) -> list[str]:
-    """A row for every other method: how much better `method` is on each task."""
-    tasks = columns(table)
-    lines = header(f"{method} minus", *tasks.values())
-    for other in table["method"].unique():
-        pairs = [(runs.get((method, task)), runs.get((other, task))) for task in tasks]
-        if other != method:
-            lines.append(line(other, *(difference(*pair) if all(pair) else "" for pair in pairs)))
+def gain_lines(table: pd.DataFrame, runs: dict[tuple[str, int], Runs], method: str) -> list[str]:
+    """Two tables with a row for every other method: how much better `method` is on each task, and how many times."""
+    tasks, lines = columns(table), []
+    for word, compare in (("minus", difference), ("over", ratio)):
+        lines += ["", *header(f"{method} {word}", *tasks.values())]
+        for other in table["method"].unique():
+            pairs = [(runs.get((method, task)), runs.get((other, task))) for task in tasks]
+            if other != method:
+                lines.append(line(other, *(compare(*pair) if all(pair) else "" for pair in pairs)))
     return lines
 
 
