@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruning import OwnedWeight, Stage
+from pruning import OwnedWeight, Stage, owned_weights
 
 INITIAL_DEVIATION = 0.02  # of weights, except head 1
 LAYER_NORM_EPS = 1e-8  # the original's ops.py
@@ -338,17 +338,21 @@ class NextItNet(nn.Module):
         return {self.embedding.weight, *self.own(task)}
 
     def trained(self, stage: Stage) -> set[nn.Parameter]:
-        """Parameters that the stage trains: in tp of task 1 all, later the conv weights and the task's own.
+        """Parameters that the stage trains: in tp of task 1 all, later the conv weights and the task's own, but not the
+        item embedding, nor a head tied to it.
 
         Within a conv weight the owner map decides which elements get a gradient.
         """
         if stage == Stage(1, "tp"):
             return set(self.parameters())
-        convs = {module.weight for module in self.modules() if isinstance(module, CausalConv)}
-        return (self.own(stage.task) | convs) - {self.embedding.weight}  # task 1's head may be tied to it
+        convs = {layer.weight for layer in owned_weights(self)}
+        return (self.own(stage.task) | convs) - {self.embedding.weight}
 
     def train_only(self, stage: Stage) -> list[nn.Parameter]:
-        """Sets `requires_grad` for what the stage trains, clears it for all else; returns the former in order."""
+        """Sets `requires_grad` for what the stage trains, and clears it for all else.
+
+        Returns the former in the order of `parameters()`, in which a snapshot stores them.
+        """
         trained = self.trained(stage)
         for parameter in self.parameters():
             parameter.requires_grad_(parameter in trained)

@@ -310,7 +310,7 @@ def next_item(hp: Any, data: TaskData) -> NextItemLoss:
 
 def target(hp: Any, data: TaskData) -> TargetLoss:
     """The loss of a later task, by its hyperparameters; negatives follow `rho`, or are uniform without it."""
-    l2_sp = getattr(hp, "l2_sp", 0.0)  # heads of classes never start as task 1's rows
+    l2_sp = getattr(hp, "l2_sp", hp.l2)  # not in scripts of classes, whose heads never start as task 1's rows
     if hp.loss == "softmax":
         known = "known" if ranking.left_out(hp, data) == "known" else "targets"
         return TargetLoss(ranking.Known(data, known).of_rows, hp.l2, l2_sp)

@@ -34,10 +34,10 @@ def adam(parameters: list, learning_rate: float, beta1: float) -> torch.optim.Ad
     return torch.optim.Adam(parameters, lr=learning_rate, betas=(beta1, BETA2), eps=ADAM_EPS, fused=True)
 
 
-def parameter_groups(model: NextItNet, task: int, table_learning_rate: float) -> list[dict[str, Any]]:
-    """The trained parameters as two groups for Adam: the rest, then the tables, with their own rate."""
-    tables = model.tables(task)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def parameter_groups(
+    trained: list[nn.Parameter], tables: set[nn.Parameter], table_learning_rate: float
+) -> list[dict[str, Any]]:
+    """The trained parameters as two groups for Adam: the rest, then those of the tables, with their own rate."""
     others = [parameter for parameter in trained if parameter not in tables]
     return [{"params": others}, {"params": [each for each in trained if each in tables], "lr": table_learning_rate}]
 
@@ -87,7 +87,7 @@ class Run:
             snapshot = self.files.snapshot.read()
             self.model, informed = initial_model(self.files, self.device, metric == "accuracy", snapshot is not None)
             trained = self.model.train_only(stage)
-            groups = parameter_groups(self.model, stage.task, hp.table_rate * hp.learning_rate)
+            groups = parameter_groups(trained, self.model.tables(stage.task), hp.table_rate * hp.learning_rate)
             optimiser = adam(groups, hp.learning_rate, hp.beta1)
             # For the checkpoint. Trained weights are counted now, as pruning will give them an owner.
             count = count_trained(self.model, stage, trained)

@@ -3,7 +3,7 @@
 import re
 import shutil
 
-from conure import checkpoint
+from conure import checkpoint, training
 from conure.errors import InputError
 from conure.files import save_sealed
 from conure.reporting import Results
@@ -326,9 +326,12 @@ def test_the_head_of_task_1_is_tied_unless_items_recur(tmp_path, run_here, recur
 
 
 @pytest.mark.parametrize("same_things", [True, False])
-def test_a_head_starts_from_task_1s_only_if_it_ranks_better(chain_copy, same_things):
-    """All targets have tokens of items. They are the next items, or are permuted, so that tokens mean other things."""
-    folder = chain_copy
+def test_a_head_starts_from_task_1s_only_if_it_ranks_better(chain_copy, same_things, run_here, monkeypatch):
+    """All targets have tokens of items. They are the next items, or are permuted, so that tokens mean other things.
+
+    In both stages a head that starts so is held to its start.
+    """
+    folder, held = chain_copy, []
     lines = [line.rsplit(",", 1) for line in (folder / "Data" / FILES[1]).read_text().splitlines()]
     tokens = sorted({target for _, target in lines})
     meant = dict(zip(tokens, tokens if same_things else np.random.default_rng(1).permutation(tokens)))
@@ -349,6 +352,16 @@ def test_a_head_starts_from_task_1s_only_if_it_ranks_better(chain_copy, same_thi
         frequency = np.bincount(data.targets[data.splits["train"]], minlength=len(ids)) + 1
         expected = torch.from_numpy(np.log(frequency) - np.log(frequency.mean())).float()
         torch.testing.assert_close(model["heads.2.bias"], expected)
+
+    def see(run, loss):
+        held.append(list(run.model.anchors))
+        run.files.close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.Run, "train", see)
+    for mode in ("tp", "ret"):
+        assert run_here(f"conure_{mode}_t2.py", *flags(folder, 2), "--overwrite")[0] == 130
+    assert held == ([[2], [2]] if same_things else [[], []])
 
 
 def test_a_chain_without_free_weights_is_refused_before_training(demo, tmp_path, run_here):

@@ -164,8 +164,8 @@ def test_a_step_changes_only_the_weights_of_its_stage(stage, precision):
     if stage.mode == "ret":
         pruning.prune(model, 2, [0.7, 0.7])
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    model.train_only(stage)
-    adam = training.adam(training.parameter_groups(model, 2, table_learning_rate=0.2), learning_rate=0.1, beta1=0.9)
+    groups = training.parameter_groups(model.train_only(stage), model.tables(2), table_learning_rate=0.2)
+    adam = training.adam(groups, learning_rate=0.1, beta1=0.9)
     loss = losses.PairLoss(losses.bpr, TargetSampler(uniform_probabilities(7)), l2=0.1)
     objective = Objective(loss, model, stage, torch.Generator().manual_seed(1), precision)
     for _ in range(3):
@@ -240,8 +240,8 @@ def test_a_tied_head_is_the_item_embedding_and_freezes_with_it():
 def test_table_rate_multiplies_the_learning_rate_of_tables():
     model, stage = small_model(), Stage(1, "tp")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    model.train_only(stage)
-    adam = training.adam(training.parameter_groups(model, 1, table_learning_rate=0.05), learning_rate=0.01, beta1=0.9)
+    groups = training.parameter_groups(model.train_only(stage), model.tables(1), table_learning_rate=0.05)
+    adam = training.adam(groups, learning_rate=0.01, beta1=0.9)
     loss = losses.NextItemLoss(LogUniformSampler(50, 1.0), None)
     loss(model, stage, batch_of(torch.randint(50, (16, 12)), torch.randint(1, 50, (16,))), None).backward()
     adam.step()  # the first step of Adam changes a weight by the learning rate, whatever its gradient

@@ -87,6 +87,31 @@ def test_only_heads_initialised_from_task_1_are_frozen():
         assert set(model.train_only(Stage(2, mode))) == convs
 
 
+@pytest.mark.parametrize(
+    "kind, left_alone",
+    [
+        (networks.Unprotected, {"heads.1.bias", "heads.3.weight"}),
+        (networks.AllHeads, set()),
+        (networks.Joint, set()),
+    ],
+)
+def test_a_network_that_is_not_protected_trains_all_but_what_other_tasks_own(kind, left_alone):
+    model = kind(30, channels=8, dilations=(1,), kernel_size=3, tied=True)
+    model.add_head(2, 7)
+    model.add_head(3, 5)
+    trained = set(model.train_only(Stage(2, "tp")))
+    assert {name for name, each in model.named_parameters() if each not in trained} == left_alone
+
+
+@pytest.mark.parametrize("kind, trains", [(networks.HeadOnly, "heads.2.weight"), (networks.Adapted, ".adapter.")])
+def test_a_network_with_a_frozen_backbone_trains_the_head_and_its_adapters(kind, trains):
+    model = kind(30, channels=8, dilations=(1,), kernel_size=3)
+    model.add_head(2, 7)
+    expected = {name for name, _ in model.named_parameters() if trains in name} | {"heads.2.weight"}
+    model.train_only(Stage(2, "tp"))
+    assert {name for name, each in model.named_parameters() if each.requires_grad} == expected
+
+
 class Nothing:
     """A loss of 0 that records the stages and batches of its calls."""
 

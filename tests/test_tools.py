@@ -95,17 +95,17 @@ def test_joint_training_uses_the_optimiser_settings_of_task_1(compared):
 
 
 @pytest.mark.parametrize(
-    "l2_sp, place",
-    [
-        ("0.005", ("SASRec", "informed_t2", "tp_t2.pt")),
-        ("0.005", ("PeterRec", "informed_t3", "tp_t3.pt")),
-        ("0.005", ("no_readout", "ret_t3.pt")),
-        ("0.001", ("Conure", "ret_t3.pt")),
-    ],
+    "l2_sp, methods",
+    [(0.005, ("SASRec", "PeterRec", "no_readout")), (0.001, ("FineAll", "FineHead", "frozen_embedding", "Conure"))],
 )
-def test_three_methods_hold_their_heads_harder_to_the_start(compared, l2_sp, place):
-    content = load(compared[0], *place)
-    assert content["tasks"][content["task"]]["hyperparameters"][content["mode"]]["l2_sp"] == l2_sp
+def test_three_methods_hold_their_heads_harder_to_the_start(demo, tmp_path, monkeypatch, l2_sp, methods):
+    hp, seen = baselines.Hyperparameters(data_dir=str(demo / "Data"), output_dir=str(tmp_path)), []
+    comparison = baselines.Comparison(hp, seed=10)
+    monkeypatch.setattr(comparison, "learn", lambda *given: seen.append(given[4].l2_sp))  # the loss
+    steps = [step for method in methods for step in comparison.steps(method) if step.task == 3]
+    for step in steps:
+        comparison.run(step)
+    assert seen == [l2_sp] * len(steps)
 
 
 def test_a_random_backbone_is_never_trained(compared):

@@ -86,8 +86,8 @@ class Adapted(NextItNet):
                 conv.register_forward_hook(lambda conv, _, output: conv.adapter(output))
 
     def trained(self, stage: Stage) -> set[nn.Parameter]:
-        adapters = (module for module in self.modules() if isinstance(module, Adapter))
-        return self.own(stage.task) | {parameter for adapter in adapters for parameter in adapter.parameters()}
+        adapters = {each for module in self.modules() if isinstance(module, Adapter) for each in module.parameters()}
+        return self.own(stage.task) | adapters
 
 
 @torch.no_grad()
