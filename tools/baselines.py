@@ -250,7 +250,7 @@ def bytes_to_serve(served: Iterable[tuple[dict[str, Any], set[int]]]) -> int:
 def compare(hp: Hyperparameters, seed: int) -> tuple[list[Row], list[dict[str, Any]]]:
     """The rows of the comparison and of the forgetting table with one seed."""
     runs, scores, forgotten = Comparison(hp, seed), [], []
-    for method in hp.only or ALL:
+    for method in dict.fromkeys(hp.only or ALL):  # each once
         print(f"seed {seed}: {method}", flush=True)
         for step in runs.steps(method):
             for variant in step.variants():
