@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from math import gcd
 from typing import NamedTuple
 
-from conure.matmul import matmul_dtype, product
+from conure.matmul import DilatedConv, Geometry, matmul_dtype
 
 import numpy as np
 import torch
@@ -36,14 +36,6 @@ class Grid(NamedTuple):
         """The slice that selects these positions from an array over `among`, whose step must divide theirs."""
         step = max(1, self.step // among.step)
         return slice(among.count - 1 - (self.count - 1) * step, among.count, step)
-
-
-class Geometry(NamedTuple):
-    """Stride, dilation and padding of a convolution that computes only the positions that are needed."""
-
-    stride: int
-    dilation: int
-    padding: int  # zero positions in front of the input
 
 
 class BlockPlan(NamedTuple):
@@ -75,58 +67,6 @@ def read_by(outputs: Grid, dilation: int, kernel_size: int, time: int) -> tuple[
     wanted = 1 + ((outputs.count - 1) * outputs.step + (kernel_size - 1) * dilation) // step
     inputs = Grid(min(wanted, 1 + (time - 1) // step), step)
     return inputs, Geometry(max(1, outputs.step // step), dilation // step, wanted - inputs.count)
-
-
-class DilatedConv(torch.autograd.Function):
-    """`DilatedConv.apply(x, weight, geometry, dtype)`: x (P, B, C_in), weight (C_out, K, C_in) → (outputs, B, C_out).
-
-    It multiplies in `dtype`; output and gradients have the dtypes of `x` and `weight`. (P, B, C) is an image
-    (1, C, P, B) in channels-last memory, so one torch.conv2d does the work. On a CPU the weight gradient is computed
-    tap by tap, in two thirds of the time of oneDNN's.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, geometry: Geometry, dtype: torch.dtype) -> Tensor:
-        ctx.geometry, ctx.dtypes = geometry, (x.dtype, weight.dtype)
-        x, weight = F.pad(x.to(dtype), (0, 0, 0, 0, geometry.padding, 0)), weight.to(dtype)
-        ctx.save_for_backward(x, weight)
-        out = torch.conv2d(image(x), kernel(weight), stride=(geometry.stride, 1), dilation=(geometry.dilation, 1))
-        return out[0].permute(1, 2, 0).to(ctx.dtypes[0])
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        (x, weight), (stride, dilation, padding) = ctx.saved_tensors, ctx.geometry
-        gradient, (of_x, of_weight) = gradient.to(weight.dtype), ctx.needs_input_grad[:2]
-        by_taps = x.device.type == "cpu" or x.dtype == torch.float32  # cuDNN's error in float32 is seven times as large
-        x_gradient, weight_gradient, _ = torch.ops.aten.convolution_backward(
-            *(image(gradient), image(x), kernel(weight), None, (stride, 1), (0, 0), (dilation, 1)),
-            *(False, (0, 0), 1, (of_x, of_weight and not by_taps, False)),  # not transposed, one group
-        )
-        if of_x:
-            x_gradient = x_gradient[0].permute(1, 2, 0)[padding:].to(ctx.dtypes[0])
-        if of_weight:
-            taps = weight.shape[1]
-            found = sums_by_tap(gradient, x, taps, stride, dilation) if by_taps else weight_gradient[..., 0].mT
-            weight_gradient = found.to(ctx.dtypes[1])
-        return x_gradient, weight_gradient, None, None
-
-
-def sums_by_tap(gradient: Tensor, x: Tensor, taps: int, stride: int, dilation: int) -> Tensor:
-    """The weight gradient (C_out, K, C_in), from gradient (outputs, B, C_out) and x (P, B, C_in)."""
-    reach = (len(gradient) - 1) * stride + 1
-    inputs = (x[first : first + reach : stride] for first in range(0, taps * dilation, dilation))
-    columns = gradient.flatten(0, 1).t().contiguous()
-    return torch.stack([product(columns, each.flatten(0, 1).t()) for each in inputs], dim=1)
-
-
-def image(x: Tensor) -> Tensor:
-    """(P, B, C) → (1, C, P, B), a view."""
-    return x.permute(2, 0, 1)[None]
-
-
-def kernel(weight: Tensor) -> Tensor:
-    """(C_out, K, C_in) → (C_out, C_in, K, 1), a view."""
-    return weight.unsqueeze(2).permute(0, 3, 1, 2)
 
 
 class CausalConv(OwnedWeight):
